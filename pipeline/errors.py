@@ -1,0 +1,60 @@
+"""The expected failures, each with its exit code.
+
+Code that meets bad input raises one of these with ONE line that says what was wrong, where (file, key,
+tensor), what was expected and what to do. The command prints that line on stderr and exits with ``code``;
+anything else that escapes is a bug and keeps its traceback.
+"""
+
+
+class FishmaskError(Exception):
+    """An expected failure: its message is one line for the user, its ``code`` the process exit code."""
+
+    code = 9
+
+
+class ParamsError(FishmaskError):
+    """A parameter or argument is missing, misspelt or out of range."""
+
+    code = 2
+
+
+class DataError(FishmaskError):
+    """A data set is missing, empty, lacks a column or holds values that do not fit the task."""
+
+    code = 3
+
+
+class ModelError(FishmaskError):
+    """A model cannot be found, loaded, or does not fit what is asked of it."""
+
+    code = 4
+
+
+class ArtifactError(FishmaskError):
+    """A mask, delta, ranking or checkpoint file is corrupt, truncated, foreign or too new."""
+
+    code = 5
+
+
+class MismatchError(FishmaskError):
+    """A sound artifact does not belong to the model at hand (wrong base, wrong shapes)."""
+
+    code = 6
+
+
+class StorageError(FishmaskError):
+    """The disk is full, or a folder cannot be written."""
+
+    code = 7
+
+
+class BusyError(FishmaskError):
+    """Another process is working on the same cell."""
+
+    code = 8
+
+
+class Interrupted(FishmaskError):
+    """The process was asked to stop (SIGTERM, Ctrl-C); unfinished work is saved where it can be resumed."""
+
+    code = 143

@@ -1,0 +1,93 @@
+"""One batch through a model: its outputs, and each example's own loss.
+
+A batch is either a mapping with ``labels`` and whatever else the model takes (the transformers convention)
+or a pair ``(inputs, targets)``.
+
+Shape legend: B examples, C classes or outputs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any] | tuple[Any, Any] | list[Any]
+
+
+def targets_of(batch: Batch) -> Tensor:
+    """Pick the targets [B] (int64 classes) or [B] / [B, C] (floats, regression) out of a batch.
+
+    Returns:
+        The targets.
+    """
+    return batch["labels"] if isinstance(batch, Mapping) else batch[1]
+
+
+def outputs_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Run a batch through the model without its labels, so that the model computes no loss of its own.
+
+    Returns:
+        Outputs [B, C]: logits of C classes, or C regression outputs.
+    """
+    if isinstance(batch, Mapping):
+        result = model(**{key: value for key, value in batch.items() if key != "labels"})
+    else:
+        inputs = batch[0]
+        result = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    if isinstance(result, Tensor):
+        return result
+    logits = getattr(result, "logits", None)
+    return logits if isinstance(logits, Tensor) else result[0]
+
+
+def losses_from(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Each example's own loss, computed in fp32 at least.
+
+    Classification (integer targets): cross-entropy -log p(y|x). Regression (float targets): the squared error
+    (f(x) - y)², averaged over the outputs, as transformers trains it.
+
+    Args:
+        outputs: [B, C], or [B] for regression.
+        targets: int64 [B], or floats [B] or [B, C].
+
+    Returns:
+        Losses [B].
+
+    Raises:
+        ValueError: if outputs and targets do not pair up as above; pass a ``loss`` of your own then.
+    """
+    outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+    if not targets.is_floating_point() and outputs.ndim == 2 and targets.ndim == 1:
+        return F.cross_entropy(outputs, targets, reduction="none")
+    if targets.is_floating_point() and outputs.numel() == targets.numel():
+        difference = outputs.reshape(len(targets), -1) - targets.reshape(len(targets), -1).to(outputs.dtype)
+        return difference.square().mean(dim=1)
+    raise ValueError(
+        f"outputs {list(outputs.shape)} and targets {list(targets.shape)} ({targets.dtype}) are neither "
+        "classification ([B, C] and int64 [B]) nor regression (as many floats); pass loss=(model, batch) -> [B]"
+    )
+
+
+def example_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """The default ``loss``: each example's own loss under the model.
+
+    Returns:
+        Losses [B].
+    """
+    return losses_from(outputs_of(model, batch), targets_of(batch))
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """Move every tensor of a batch.
+
+    Returns:
+        A batch of the same form.
+    """
+    if isinstance(batch, Mapping):
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    inputs, targets = batch
+    if isinstance(inputs, (tuple, list)):
+        return tuple(x.to(device, non_blocking=True) for x in inputs), targets.to(device, non_blocking=True)
+    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)

@@ -1,0 +1,293 @@
+"""params.yaml as frozen, strict models.
+
+One reader for the whole project: YAML 1.2 (as DVC reads it, so that ``5e-5`` is a number and ``off`` a string).
+A mistake becomes one line that names the file, the line, the key and what is allowed there.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.errors import ParamsError
+
+Density = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataParams(_Strict):
+    """Where a task's data comes from, and which columns and rows of it are used."""
+
+    source: str
+    revision: str | None = None
+    text: list[str] | None = None
+    label: str | None = None
+    limit: dict[str, Positive] | None = None
+
+
+class ModelParams(_Strict):
+    """Where the base model comes from."""
+
+    source: str
+    revision: str | None = None
+    max_length: Positive | None = None
+
+
+class ScoreParams(_Strict):
+    """How coordinates are scored; every count of ``examples`` becomes one ranking, cut from a single pass."""
+
+    kind: Literal["label", "expect"] = "label"
+    power: Literal["square", "absolute"] = "square"
+    examples: list[Positive]
+    batch_size: Positive
+    keep: Density = 0.1
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "ScoreParams":
+        if not self.examples or self.examples != sorted(set(self.examples)):
+            raise ValueError(f"examples must be a list of ascending counts, got {self.examples}")
+        return self
+
+
+class TrainParams(_Strict):
+    """How a masked model is trained; the learning rate stands with its method."""
+
+    epochs: Positive
+    batch_size: Positive
+    accumulate: Positive = 1
+    optimizer: Literal["adamw", "adam", "sgd"]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Fraction = 0.9
+    schedule: Literal["linear", "piecewise", "constant"]
+    warmup: Fraction = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = None
+
+
+class TaskParams(_Strict):
+    """One task: its data, its base model, its budget and how it is scored and trained."""
+
+    kind: Literal["text", "image"]
+    data: DataParams
+    model: ModelParams
+    head: list[str]
+    metric: str
+    density: Density
+    score: ScoreParams
+    train: TrainParams
+
+
+class SettingParams(_Strict):
+    """A named variation of a task's mask; null means the task's own value."""
+
+    density: Density | None = None
+    examples: Positive | None = None
+
+
+class MethodParams(_Strict):
+    """A way to choose what is trained, with its learning rate per task."""
+
+    strategy: Literal["dense", "fisher", "random", "bias", "magnitude", "head"]
+    lr: dict[str, Annotated[float, Field(gt=0)]]
+
+
+class SweepParams(_Strict):
+    """The cells of Figure 2."""
+
+    tasks: list[str]
+    methods: list[str]
+    settings: list[str]
+
+
+class GridParams(_Strict):
+    """What the pipeline crosses."""
+
+    tasks: list[str]
+    methods: list[str]
+    settings: list[str]
+    sweep: SweepParams
+
+
+class Params(_Strict):
+    """The whole file."""
+
+    profile: str
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    threads: Positive
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    grid: GridParams
+    tasks: dict[str, TaskParams]
+    settings: dict[str, SettingParams]
+    methods: dict[str, MethodParams]
+
+    @classmethod
+    def load(cls, path: Path | str = "params.yaml", overrides: Mapping[str, Any] | None = None) -> "Params":
+        """Read and check a params file.
+
+        Args:
+            path: the file.
+            overrides: dotted key -> value, set before the check (``{"tasks.words.density": 0.01}``).
+
+        Returns:
+            The checked parameters.
+
+        Raises:
+            ParamsError: one line per the first mistake: file, line, key, what is allowed.
+        """
+        raw = read_yaml(path)
+        for key, value in (overrides or {}).items():
+            _set(raw, key, value, Path(path).name)
+        try:
+            params = cls.model_validate(_plain(raw))
+        except ValidationError as error:
+            raise ParamsError(_line(Path(path).name, raw, error)) from None
+        for key, name, known in params._references():
+            if name not in known:
+                where = f"{Path(path).name}:{_row(raw, key.split('.'))}: {key}"
+                raise ParamsError(f"{where}: unknown {unknown(name, known)}")
+        return params
+
+    def _references(self) -> Iterable[tuple[str, str, Iterable[str]]]:
+        """Names used in one section that must be defined in another: (key, name, defined names)."""
+        sets: dict[str, Iterable[str]] = {
+            "tasks": self.tasks,
+            "methods": self.methods,
+            "settings": self.settings,
+        }
+        for section, known in sets.items():
+            for key, grid in (("grid", self.grid), ("grid.sweep", self.grid.sweep)):
+                for name in getattr(grid, section):
+                    yield f"{key}.{section}", name, known
+        for task in self.grid.tasks:
+            for method in self.grid.methods:
+                if method in self.methods:
+                    yield f"methods.{method}.lr", task, self.methods[method].lr
+
+    def at(self, key: str) -> Any:
+        """Look a dotted key up, such as ``tasks.words.train`` or ``methods.fish.lr.words``.
+
+        Returns:
+            The sub-model or value there.
+
+        Raises:
+            ParamsError: if there is no such key; names the closest one.
+        """
+        here: Any = self
+        done: list[str] = []
+        for part in key.split("."):
+            known = list(here) if isinstance(here, dict) else list(type(here).model_fields)
+            if part not in known:
+                what = {"tasks": "task", "methods": "method", "settings": "setting"}.get(
+                    ".".join(done), "key " + ".".join(done)
+                )
+                raise ParamsError(f"params.yaml: unknown {what} {unknown(part, known)}")
+            here = here[part] if isinstance(here, dict) else getattr(here, part)
+            done.append(part)
+        return here
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """Say that a name is not known, with the closest one that is.
+
+    Returns:
+        ``'wrods'; did you mean 'words'? (known: digits, words)``.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" did you mean '{near[0]}'?" if near else ""
+    return f"'{name}';{hint} (known: {', '.join(names)})"
+
+
+def read_yaml(path: Path | str) -> Any:
+    """Read a YAML 1.2 file, keeping line numbers and comments.
+
+    Returns:
+        The round-trip mapping.
+
+    Raises:
+        ParamsError: if the file is missing, no YAML, or no mapping.
+    """
+    path = Path(path)
+    try:
+        raw = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(
+            f"{path.name}: no such file in {path.resolve().parent}; run from the project's folder"
+        ) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        row = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ParamsError(f"{path.name}{row}: not valid YAML: {problem}") from None
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path.name}: expected a mapping of keys at the top level, found {type(raw).__name__}")
+    return raw
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    return float(node) if isinstance(node, float) else node
+
+
+def _set(raw: Any, key: str, value: Any, file: str) -> None:
+    *parents, last = key.split(".")
+    here = raw
+    for part in parents:
+        if not isinstance(here, dict) or part not in here:
+            known = here if isinstance(here, dict) else ()
+            raise ParamsError(f"{file}: {key}: unknown {unknown(part, known)}")
+        here = here[part]
+    here[last] = value
+
+
+def _row(raw: Any, parts: Iterable[Any]) -> int:
+    """The line (from 1) of the deepest part of a key path that the file holds."""
+    row = 1
+    here: Any = raw
+    for part in parts:
+        try:
+            row = getattr(here, "lc").item(part)[0] + 1 if isinstance(here, list) else here.lc.key(part)[0] + 1
+            here = here[part]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            break
+    return row
+
+
+def _line(file: str, raw: Any, error: ValidationError) -> str:
+    """The first mistake as one line."""
+    first = error.errors()[0]
+    parts = [part for part in first["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in parts)
+    where = f"{file}:{_row(raw, parts)}: {key}"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {unknown(str(parts[-1]), _fields(parts[:-1]))}"
+    if first["type"] == "missing":
+        return f"{where}: missing; it is required"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: expected {message}, got {first['input']!r}"
+
+
+def _fields(parts: Iterable[Any]) -> list[str]:
+    """The keys allowed at a path of the schema."""
+    model: Any = Params
+    for part in parts:
+        fields = getattr(model, "model_fields", None)
+        if fields is not None:
+            model = fields[part].annotation
+        elif isinstance(model, type) is False and getattr(model, "__args__", None):
+            model = model.__args__[-1]
+    return list(getattr(model, "model_fields", {}))
