@@ -1,0 +1,345 @@
+"""Mask: the chosen coordinates of a network, sorted int64 per tensor.
+
+Density is chosen / all trainable parameters, tied weights once, head included.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import ROUND_CEILING, Context, Decimal
+from fractions import Fraction
+from functools import cached_property
+from hashlib import blake2b
+from math import prod
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import files
+from pipeline.errors import MismatchError, ParamsError
+from pipeline.masks.topk import top_coordinates
+from pipeline.parameters import ParameterIndex
+
+FORMAT = "mask"
+VERSION = 1
+
+
+def budget(density: float, total: int) -> int:
+    """Count the parameters a density stands for: k = floor(density · n), n = ``total``.
+
+    The density is taken as the decimal number it is written as: 0.29 of 100 is 29, although the binary float
+    nearest to 0.29 lies below it and 0.29 * 100 is 28.999999999999996.
+
+    Returns:
+        k, between 1 and n.
+
+    Raises:
+        ParamsError: if the density is no number in (0, 1], or chooses nothing.
+    """
+    number = float(density)
+    if isinstance(density, bool) or not 0.0 < number <= 1.0:
+        raise ParamsError(f"density is {density}; expected a number above 0 and at most 1 (0.005 = 0.5 %)")
+    k = int(Fraction(repr(number)) * total)
+    if k == 0:
+        raise ParamsError(f"density {number} of {total} parameters chooses none; the least is {_at_least(1, total)}")
+    return k
+
+
+def _at_least(count: int, total: int) -> str:
+    """Write the least density of three digits that chooses ``count`` of ``total``."""
+    if count >= total:
+        return "1"
+    return f"{Context(prec=3, rounding=ROUND_CEILING).divide(Decimal(count), Decimal(max(total, 1))):f}"
+
+
+def split_budget(index: ParameterIndex, density: float, always: Sequence[str]) -> tuple[list[str], int]:
+    """Split the budget of a density into the head, always on, and the rest.
+
+    Args:
+        index: the parameters.
+        density: chosen / all, head included.
+        always: the head's module names, matched module by module.
+
+    Returns:
+        The names of the head's tensors, and how many other coordinates may be chosen: k - head.
+
+    Raises:
+        ParamsError: if the density is out of range or smaller than the head.
+        MismatchError: if a module name matches nothing.
+    """
+    head = index.within(always)
+    size = sum(index.numel(name) for name in head)
+    k = budget(density, index.total)
+    if size > k:
+        raise ParamsError(
+            f"the head ({', '.join(always)}: {size} parameters) is larger than the budget of {k} "
+            f"(density {float(density)} of {index.total}); use a density of at least {_at_least(size, index.total)}"
+        )
+    return head, k - size
+
+
+class Coordinates(Mapping[str, Tensor]):
+    """The coordinates of a mask by tensor name; those of a wholly chosen tensor are made on access."""
+
+    def __init__(self, index: ParameterIndex, chosen: Mapping[str, Tensor | None]) -> None:
+        self._index = index
+        self._chosen = chosen
+
+    def __getitem__(self, name: str) -> Tensor:
+        coordinates = self._chosen[name]
+        return torch.arange(self._index.numel(name)) if coordinates is None else coordinates
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._chosen)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+
+class Mask:
+    """The coordinates chosen for training; immutable, equal when their digests are.
+
+    Args:
+        index: the parameters of the network.
+        indices: name -> coordinates within that tensor (row-major): int64 [count], strictly increasing, on any
+            device; a name left out has none chosen.
+        info: provenance (JSON-able): base digest, data digest, score kind, examples, seed, density, code version.
+            It is saved with the mask and is no part of its digest.
+
+    Attributes:
+        index: the parameters of the network.
+        info: provenance.
+
+    Raises:
+        ParamsError: if coordinates are not int64, one-dimensional and strictly increasing, or info is no JSON.
+        MismatchError: if a name is not in the index, or a coordinate lies outside its tensor.
+    """
+
+    def __init__(
+        self, index: ParameterIndex, indices: Mapping[str, Tensor], info: Mapping[str, Any] | None = None
+    ) -> None:
+        self.index = index
+        self.info: dict[str, Any] = files.plain_json(info or {}, "info of a mask")
+        unknown = [name for name in indices if name not in index]
+        if unknown:
+            raise MismatchError(f"mask names tensor '{unknown[0]}', which the parameters do not have")
+        empty = torch.empty(0, dtype=torch.int64)
+        self._chosen: dict[str, Tensor | None] = {
+            name: _checked(name, indices[name], index.numel(name)) if name in indices else empty for name in index
+        }
+
+    @classmethod
+    def covering(
+        cls,
+        index: ParameterIndex,
+        names: Sequence[str],
+        indices: Mapping[str, Tensor] | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> "Mask":
+        """Build a mask of whole tensors, without storing their coordinates.
+
+        Args:
+            index: the parameters.
+            names: the tensors that are wholly chosen.
+            indices: coordinates of further tensors, as in ``Mask``.
+            info: provenance.
+
+        Returns:
+            The mask.
+
+        Raises:
+            MismatchError: if a name is not in the index.
+        """
+        unknown = [name for name in names if name not in index]
+        if unknown:
+            raise MismatchError(f"mask names tensor '{unknown[0]}', which the parameters do not have")
+        mask = cls(index, indices or {}, info)
+        mask._chosen.update(dict.fromkeys(names))
+        return mask
+
+    @classmethod
+    def from_bool(cls, flags: Mapping[str, Tensor], info: Mapping[str, Any] | None = None) -> "Mask":
+        """Build a mask from boolean tensors shaped like the parameters, in flat order.
+
+        Returns:
+            The mask of their true elements.
+
+        Raises:
+            ParamsError: if a tensor is not boolean.
+        """
+        wrong = [f"tensor '{name}' is {flag.dtype}" for name, flag in flags.items() if flag.dtype != torch.bool]
+        if wrong:
+            raise ParamsError(f"{wrong[0]}; expected booleans")
+        index = ParameterIndex({name: flag.shape for name, flag in flags.items()})
+        return cls(index, {name: flag.reshape(-1).nonzero().reshape(-1) for name, flag in flags.items()}, info)
+
+    @classmethod
+    def top_k(
+        cls,
+        scores: Mapping[str, Tensor],
+        density: float,
+        always: Sequence[str] = (),
+        *,
+        info: Mapping[str, Any] | None = None,
+    ) -> "Mask":
+        """Choose the head and the largest other scores: exactly k = floor(density · n) coordinates.
+
+        Ties go to the lower flat coordinate. Scores are read in chunks and never concatenated; they may lie on
+        any device, the mask is on the CPU. Source: "Training Neural Networks with Fixed Sparse Masks", section 3.
+
+        Args:
+            scores: name -> finite non-negative floats shaped like the parameter, in flat order.
+            density: chosen / all, in (0, 1], head included.
+            always: module names of the head, chosen whatever their scores.
+            info: provenance.
+
+        Returns:
+            The mask.
+
+        Raises:
+            ParamsError: if a score is NaN, infinite or negative, the density is out of range, or the head alone
+                is larger than the budget.
+            MismatchError: if a module name in ``always`` matches nothing.
+        """
+        index = ParameterIndex({name: score.shape for name, score in scores.items()})
+        head, rest = split_budget(index, density, always)
+        skip = set(head)
+        chosen = top_coordinates({name: score for name, score in scores.items() if name not in skip}, rest)
+        return cls.covering(index, head, chosen, info)
+
+    @cached_property
+    def indices(self) -> Coordinates:
+        """Name -> sorted int64 [count] coordinates on the CPU, one entry for every tensor of the index."""
+        return Coordinates(self.index, self._chosen)
+
+    def count(self, name: str) -> int:
+        """Count the chosen elements of tensor ``name``.
+
+        Returns:
+            0..numel.
+        """
+        coordinates = self._chosen[name]
+        return self.index.numel(name) if coordinates is None else coordinates.numel()
+
+    def whole(self, name: str) -> bool:
+        """Tell whether every element of tensor ``name`` is chosen.
+
+        Returns:
+            True if so.
+        """
+        return self.count(name) == self.index.numel(name)
+
+    @cached_property
+    def nnz(self) -> int:
+        """How many coordinates are chosen."""
+        return sum(self.count(name) for name in self.index)
+
+    @property
+    def density(self) -> float:
+        """Chosen / all parameters; 0 where there are none."""
+        return self.nnz / max(self.index.total, 1)
+
+    @cached_property
+    def digest(self) -> str:
+        """BLAKE2b-256 (hex) over sorted names, shapes and coordinates; of neither file, coder, order nor info."""
+        state = blake2b(digest_size=32)
+        for name, shape in sorted(self.index.shapes.items()):
+            state.update(f"{len(name)} {name} {list(shape)} {self.count(name)}\n".encode())
+            if not self.whole(name):
+                state.update(self.indices[name].numpy().astype("<i8", copy=False))
+        return state.hexdigest()
+
+    def to_bool(self) -> dict[str, Tensor]:
+        """Expand to boolean tensors shaped like the parameters.
+
+        Returns:
+            name -> bool tensor on the CPU.
+        """
+        flags = {}
+        for name, shape in self.index.shapes.items():
+            flat = torch.zeros(prod(shape), dtype=torch.bool)
+            flat[self.indices[name]] = True
+            flags[name] = flat.reshape(shape)
+        return flags
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return self._combine(other, np.union1d)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return self._combine(other, lambda a, b: np.intersect1d(a, b, assume_unique=True))
+
+    def __sub__(self, other: "Mask") -> "Mask":
+        return self._combine(other, lambda a, b: np.setdiff1d(a, b, assume_unique=True))
+
+    def __xor__(self, other: "Mask") -> "Mask":
+        return self._combine(other, lambda a, b: np.setxor1d(a, b, assume_unique=True))
+
+    def _combine(self, other: "Mask", join: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> "Mask":
+        """Join two masks of the same parameters tensor by tensor; provenance is not carried over."""
+        if self.index.shapes != other.index.shapes:
+            raise MismatchError(
+                f"masks of different parameters do not combine: {_difference(self.index, other.index)}"
+            )
+        pairs = {name: (self.indices[name].numpy(), other.indices[name].numpy()) for name in self.index}
+        return Mask(self.index, {name: torch.from_numpy(join(a, b)) for name, (a, b) in pairs.items()})
+
+    def overlap(self, other: "Mask") -> float:
+        """Measure the overlap |A∩B| / min(|A|, |B|); 1 for two empty masks.
+
+        Returns:
+            0..1.
+
+        Raises:
+            MismatchError: if the masks are of different parameters.
+        """
+        least = min(self.nnz, other.nnz)
+        return (self & other).nnz / least if least else float(self == other)
+
+    def jaccard(self, other: "Mask") -> float:
+        """Measure the Jaccard index |A∩B| / |A∪B|; 1 for two empty masks.
+
+        Returns:
+            0..1.
+
+        Raises:
+            MismatchError: if the masks are of different parameters.
+        """
+        both = (self & other).nnz
+        either = self.nnz + other.nnz - both
+        return both / either if either else 1.0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Mask({self.nnz} of {self.index.total}, density {self.density:.3g}, digest {self.digest[:12]})"
+
+
+def _checked(name: str, coordinates: Tensor, numel: int) -> Tensor | None:
+    """Check one tensor's coordinates; None stands for all of them."""
+    if coordinates.dtype != torch.int64 or coordinates.ndim != 1:
+        form = f"{coordinates.dtype} of {coordinates.ndim} dimensions"
+        raise ParamsError(f"coordinates of tensor '{name}' are {form}; expected one-dimensional int64")
+    own = coordinates.detach().to("cpu", copy=True).contiguous()
+    if own.numel() == 0:
+        return own
+    if own.numel() > 1 and not bool((own[1:] > own[:-1]).all()):
+        raise ParamsError(f"coordinates of tensor '{name}' are not strictly increasing")
+    if int(own[0]) < 0 or int(own[-1]) >= numel:
+        raise MismatchError(
+            f"coordinates of tensor '{name}' reach from {int(own[0])} to {int(own[-1])}; it has {numel} elements"
+        )
+    return None if own.numel() == numel else own
+
+
+def _difference(one: ParameterIndex, two: ParameterIndex) -> str:
+    """Name the first tensor in which two indices differ."""
+    for name in sorted(set(one) | set(two)):
+        if one.shapes.get(name) != two.shapes.get(name):
+            forms = [str(list(i.shapes[name])) if name in i else "absent" for i in (one, two)]
+            return f"tensor '{name}' is {forms[0]} in one and {forms[1]} in the other"
+    return "they are equal"

@@ -1,0 +1,187 @@
+"""What every stage has in common: its params, its folders, its lock, its run in MLflow, its metrics file."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import FishmaskError, ParamsError, StorageError
+from pipeline.files import write_json
+from pipeline.params import Params
+from pipeline.process import alone, end_with_parent, interruptible
+from pipeline.tracking import Run, Tracker
+from pipeline.workspace import Cell, Workspace
+
+
+class Stage:
+    """One cell at work.
+
+    Attributes:
+        cell: which one.
+        workspace: the project's folders.
+        out: the folder of its outputs, replaced in one move at the end.
+        work: the folder it writes to until then.
+        seeds: the seeds to run.
+        settings: every params.yaml key that the stage has read, with its value: what dvc.yaml must declare.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        params: Params,
+        workspace: Workspace,
+        *,
+        seeds: list[int] | None = None,
+        out: Path | None = None,
+        track: bool = True,
+    ) -> None:
+        self.cell = cell
+        self.workspace = workspace
+        self.settings: dict[str, Any] = {}
+        self._params = params
+        self._partial = seeds is not None
+        self._private = out is not None
+        self.out = out or workspace.out(cell)
+        self.work = self.out.with_name(f".{self.out.name}.partial")
+        self.seeds = seeds if seeds is not None else (list(self.read("seeds")) if _has_seeds(cell) else [])
+        self._metrics_file = self.out / "metrics.json" if out else workspace.metrics(cell)
+        self._track = track
+        self._record: dict[str, Any] = {}
+        self._timing: dict[str, Any] = {}
+
+    def read(self, key: str) -> Any:
+        """Read one key of params.yaml, and remember that it was read."""
+        value = self._params.at(key)
+        self.settings[key] = value.model_dump() if hasattr(value, "model_dump") else value
+        return value
+
+    def of_task(self, key: str) -> Any:
+        """Read a key of the cell's own task."""
+        return self.read(f"tasks.{self.cell.task}.{key}")
+
+    def folder(self, seed: int) -> Path:
+        """Make the folder of one seed's outputs."""
+        folder = self.work / f"seed-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def input(self, stage: str, *parts: str) -> Path:
+        """The output folder of an earlier stage for this cell's task, method and setting, as far as given."""
+        return self.workspace.out(Cell(stage, self.cell.task, *parts))
+
+    @contextlib.contextmanager
+    def held(self, fingerprint: str) -> Iterator[Run]:
+        """Own the cell: lock it, open its MLflow run, and at the end put its outputs and metrics in place.
+
+        Args:
+            fingerprint: identifies the inputs, so that a killed run is continued rather than repeated.
+
+        Yields:
+            The cell's run in MLflow.
+        """
+        cell = self.cell
+        with interruptible(), alone(self.workspace.lock(cell), f"{cell.stage} {cell.name}"):
+            _make_empty(self.work)
+            started = time.monotonic()
+            tracker = Tracker.open(experiment(self._params.profile), enabled=self._track)
+            tags = {k: v for k, v in vars(cell).items() if v} | {"cell": cell.name}
+            with tracker.cell(
+                cell.stage, cell.name, params=_flat(self.settings), tags=tags, fingerprint=fingerprint
+            ) as run:
+                yield run
+                seconds = time.monotonic() - started
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                run.log({"seconds": seconds, "peak_rss_mib": peak}, step=0)
+            self._finish(seconds, peak)
+
+    def record(self, seed: int | None = None, **values: Any) -> None:
+        """Add to the metrics file: reproducible values only, so that git sees a change where there is one."""
+        if seed is None:
+            self._record.update(values)
+        else:
+            self._record.setdefault("seeds", {}).setdefault(str(seed), {}).update(values)
+
+    def time(self, **values: Any) -> None:
+        """Add to the timing file: what differs from run to run (seconds, memory, device)."""
+        self._timing.update(values)
+
+    def _finish(self, seconds: float, peak: float) -> None:
+        for made in [*self.work.iterdir()] if self._partial else [self.work]:
+            _replace(made, self.out / made.name if self._partial else self.out)
+        shutil.rmtree(self.work, ignore_errors=True)
+        cell = self.cell
+        identity = {k: v for k, v in vars(cell).items() if v}
+        document = identity | {"params": self.settings} | self._record
+        if self._partial and self._metrics_file.is_file():
+            before = json.loads(self._metrics_file.read_text())
+            document["seeds"] = before.get("seeds", {}) | document.get("seeds", {})
+        if "seeds" in document:
+            document["seeds"] = dict(sorted(document["seeds"].items(), key=lambda item: int(item[0])))
+        write_json(self._metrics_file, document)
+        timing = {"seconds": round(seconds, 3), "peak_rss_mib": round(peak, 1)} | self._timing
+        if not self._private:
+            write_json(self.workspace.timing(cell), timing)
+
+
+def experiment(profile: str) -> str:
+    """Name the MLflow experiment: one per profile, and one per DVC experiment where there is one."""
+    name = os.environ.get("DVC_EXP_NAME")
+    return f"fishmask-{profile}" + (f"/{name}" if name else "")
+
+
+def use_threads(count: int) -> None:
+    """Fix the number of CPU threads: it decides the order of sums, hence the last bits of every result."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def main(stage: str, work: Callable[[Stage], None], names: tuple[str, ...]) -> None:
+    """Run one cell as DVC does: ``python -m stages.<stage> TASK [METHOD [SETTING]]``, from the project's root."""
+    if "DVC_STAGE" in os.environ or "DVC_ROOT" in os.environ:
+        end_with_parent()
+    try:
+        if len(sys.argv) != 1 + len(names):
+            raise ParamsError(f"usage: python -m stages.{stage} {' '.join(n.upper() for n in names)}")
+        workspace = Workspace.here()
+        cell = Cell(stage, *(sys.argv[1:] or ["all"]))
+        work(Stage(cell, Params.load(workspace.root / "params.yaml"), workspace))
+    except FishmaskError as error:
+        print(f"fishmask {stage}: {error}", file=sys.stderr)
+        raise SystemExit(error.code) from None
+
+
+def _has_seeds(cell: Cell) -> bool:
+    return cell.stage in {"score", "mask", "train"}
+
+
+def _make_empty(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot make the output folder: {error.strerror}") from None
+
+
+def _replace(made: Path, final: Path) -> None:
+    if final.is_dir():
+        shutil.rmtree(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    made.replace(final)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"tasks.words.train": {"epochs": 2}}`` -> ``{"tasks.words.train.epochs": 2}``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
