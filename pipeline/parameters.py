@@ -37,9 +37,9 @@ class ParameterIndex:
         """Index the parameters of ``model`` that require a gradient, tied weights once.
 
         Returns:
-            The index, in ``named_parameters`` order.
+            The index, in ``named_parameters`` order, without the prefixes of compiled or parallel wrappers.
         """
-        return cls({name: p.shape for name, p in model.named_parameters() if p.requires_grad})
+        return cls({name: p.shape for name, p in unwrapped(model).named_parameters() if p.requires_grad})
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -129,7 +129,71 @@ def base_digest(model: nn.Module | Mapping[str, Tensor], *, without: Iterable[st
     Returns:
         64 hex digits.
     """
-    tensors = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+    tensors = dict(unwrapped(model).named_parameters()) if isinstance(model, nn.Module) else model
+    return digest_of_digests({name: tensor_digest(t) for name, t in tensors.items()}, without=without)
+
+
+def digest_of_digests(digests: Mapping[str, str], *, without: Iterable[str] = ()) -> str:
+    """Combine the digests of single tensors into the digest of a model (see ``base_digest``).
+
+    Args:
+        digests: name -> ``tensor_digest`` of that tensor.
+        without: names to leave out.
+
+    Returns:
+        64 hex digits.
+    """
     skip = set(without)
-    lines = sorted(f"{name} {tensor_digest(t)}" for name, t in tensors.items() if name not in skip)
+    lines = sorted(f"{name} {digest}" for name, digest in digests.items() if name not in skip)
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=32).hexdigest()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Look through ``torch.compile`` and the parallel wrappers, whose prefixes would change every name.
+
+    Returns:
+        The model inside, or the model itself.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def take(tensor: Tensor, coordinates: Tensor | None) -> Tensor:
+    """Copy a tensor's elements at row-major coordinates, whatever its strides.
+
+    Args:
+        tensor: any shape.
+        coordinates: int64 [count] on the tensor's device; None for all elements.
+
+    Returns:
+        A new tensor [count] in the tensor's dtype, on its device.
+    """
+    flat = tensor.detach().reshape(-1)
+    if coordinates is None:
+        return flat.clone() if tensor.is_contiguous() else flat  # reshape has copied the other kind
+    return flat.index_select(0, coordinates)
+
+
+def put_(tensor: Tensor, coordinates: Tensor | None, values: Tensor) -> None:
+    """Overwrite a tensor's elements at row-major coordinates and touch no other, whatever its strides.
+
+    The tensor's version counter moves, so that a backward through the old values is refused and not wrong.
+
+    Args:
+        tensor: any shape; may be a leaf that requires a gradient.
+        coordinates: int64 [count], unique, on the tensor's device; None for all elements.
+        values: [count] in the tensor's dtype, on its device.
+    """
+    target = tensor.detach()
+    with torch.no_grad():
+        if coordinates is None:
+            target.copy_(values.reshape(target.shape))
+        elif target.is_contiguous():
+            target.view(-1).index_copy_(0, coordinates, values)
+        else:
+            target.index_put_(torch.unravel_index(coordinates, target.shape), values)

@@ -93,9 +93,8 @@ class SettingParams(_Strict):
 
 
 class MethodParams(_Strict):
-    """A way to choose what is trained, with its learning rate per task."""
+    """A method of ``pipeline.training.methods`` by name, with its learning rate per task."""
 
-    strategy: Literal["dense", "fisher", "random", "bias", "magnitude", "head"]
     lr: dict[str, Annotated[float, Field(gt=0)]]
 
 
@@ -112,8 +111,16 @@ class GridParams(_Strict):
 
     tasks: list[str]
     methods: list[str]
+    ranked: list[str]
+    unranked: list[str]
     settings: list[str]
     sweep: SweepParams
+
+    @model_validator(mode="after")
+    def _partition(self) -> "GridParams":
+        if sorted(self.methods) != sorted(self.ranked + self.unranked):
+            raise ValueError("every method of grid.methods must stand in exactly one of ranked and unranked")
+        return self
 
 
 class Params(_Strict):
@@ -167,6 +174,8 @@ class Params(_Strict):
             for key, grid in (("grid", self.grid), ("grid.sweep", self.grid.sweep)):
                 for name in getattr(grid, section):
                     yield f"{key}.{section}", name, known
+        for name in self.grid.sweep.methods:
+            yield "grid.sweep.methods", name, self.grid.ranked
         for task in self.grid.tasks:
             for method in self.grid.methods:
                 if method in self.methods:
@@ -291,3 +300,24 @@ def _fields(parts: Iterable[Any]) -> list[str]:
         elif isinstance(model, type) is False and getattr(model, "__args__", None):
             model = model.__args__[-1]
     return list(getattr(model, "model_fields", {}))
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """Parse ``KEY=VALUE`` arguments; a value is read as YAML.
+
+    Returns:
+        Dotted key -> value.
+
+    Raises:
+        ParamsError: if a pair has no ``=`` or its value is no YAML.
+    """
+    overrides: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ParamsError(f"--set {pair}: expected KEY=VALUE, such as tasks.words.density=0.01")
+        try:
+            overrides[key] = YAML(typ="safe").load(value)
+        except YAMLError:
+            raise ParamsError(f"--set {pair}: the value is not valid YAML") from None
+    return overrides

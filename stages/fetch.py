@@ -8,6 +8,7 @@ the embedded tasks; the hub's time otherwise.
 
 from pipeline.tasks.base import fetch
 from pipeline.training.resume import fingerprint
+
 from stages.runner import Stage, main
 
 

@@ -6,21 +6,20 @@ Writes ``artifacts/mask/<task>-<method>-<setting>/seed-N/mask.safetensors``. Tak
 """
 
 from pipeline.masks.ranking import Ranking
-from pipeline.parameters import base_digest
 from pipeline.tasks.base import Task
-from pipeline.training.methods import METHODS, mask_for
+from pipeline.training.methods import mask_for, method_named
 from pipeline.training.resume import fingerprint
+
 from stages.runner import Stage, main
 
 
 def run(stage: Stage) -> None:
     """Cut the mask of one cell for every seed."""
     cell = stage.cell
-    strategy = stage.read(f"methods.{cell.method}.strategy")
+    ranked = method_named(cell.method).needs_ranking
     setting = stage.read(f"settings.{cell.setting}")
     density = setting.density or stage.of_task("density")
     head = stage.of_task("head")
-    ranked = METHODS[strategy].needs_ranking
     examples = (setting.examples or stage.of_task("score.examples")[-1]) if ranked else None
     task = Task.load(stage.input("fetch"), stage.of_task("model"), stage.of_task("metric"))
     with stage.held(fingerprint(cell=cell, settings=stage.settings, data=task.data_digest)):
@@ -29,12 +28,10 @@ def run(stage: Stage) -> None:
             if ranked:
                 ranking = Ranking.load(stage.input("score") / f"seed-{seed}" / f"examples-{examples}.safetensors")
             model = task.model(seed)
-            mask = mask_for(strategy, model, density=density, head=head, seed=seed, ranking=ranking)
+            mask = mask_for(cell.method, model, density=density, head=head, seed=seed, ranking=ranking)
             size = mask.save(stage.folder(seed) / "mask.safetensors")
             layers = {name: {"count": mask.count(name), "numel": mask.index.numel(name)} for name in mask.index}
-            stage.record(
-                seed, nnz=mask.nnz, density=mask.density, bytes=size, digest=mask.digest, layers=layers
-            )
+            stage.record(seed, nnz=mask.nnz, density=mask.density, bytes=size, digest=mask.digest, layers=layers)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import FishmaskError, ParamsError, StorageError
 from pipeline.files import write_json
+from pipeline.tracking import Run, Tracker
+
+from pipeline.errors import FishmaskError, ParamsError, StorageError
 from pipeline.params import Params
 from pipeline.process import alone, end_with_parent, interruptible
-from pipeline.tracking import Run, Tracker
 from pipeline.workspace import Cell, Workspace
 
 

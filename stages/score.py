@@ -6,13 +6,14 @@ Writes ``artifacts/score/<task>/seed-N/examples-M.safetensors``: one ranking per
 pass, each enough for every density of a sweep. Seconds on the demo's tasks, a minute per 1,024 long texts on a CPU.
 """
 
-from pipeline.fisher import fisher_diagonal
 from pipeline.masks.ranking import Ranking
-from pipeline.parameters import base_digest
-from pipeline.progress import ProgressLine
 from pipeline.tasks.base import Task
 from pipeline.training.device import choose_device
 from pipeline.training.resume import fingerprint
+
+from pipeline.fisher import fisher_diagonal
+from pipeline.parameters import base_digest
+from pipeline.progress import ProgressLine
 from stages.runner import Stage, main, use_threads
 
 

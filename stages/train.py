@@ -14,15 +14,16 @@ from typing import Any
 
 from pipeline.deltas.delta import Delta
 from pipeline.files import write_json
-from pipeline.masks.mask import Mask
-from pipeline.parameters import base_digest
-from pipeline.progress import ProgressLine
 from pipeline.tasks.base import Task
 from pipeline.tracking import Run
 from pipeline.training.device import Device, choose_device
 from pipeline.training.loop import Recipe, fit
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.resume import ResumeFile, fingerprint
+
+from pipeline.masks.mask import Mask
+from pipeline.parameters import base_digest
+from pipeline.progress import ProgressLine
 from pipeline.workspace import VERSION, code_digest
 from stages.runner import Stage, main, use_threads
 
@@ -49,7 +50,9 @@ def run(stage: Stage) -> None:
             folder = stage.workspace.resume("train", key)
             done = folder / "result.json"
             if not done.is_file():
-                with run.child(f"seed-{seed}", tags={"seed": seed, "mask_digest": digests[seed]}, fingerprint=key) as child:
+                with run.child(
+                    f"seed-{seed}", tags={"seed": seed, "mask_digest": digests[seed]}, fingerprint=key
+                ) as child:
                     train(stage, task, Mask.load(masks[seed]), Recipe(seed=seed, **recipe), device, folder, child)
             result = json.loads(done.read_text())
             shutil.copyfile(folder / "delta.safetensors", stage.folder(seed) / "delta.safetensors")
@@ -74,7 +77,9 @@ def train(
             lambda epoch: task.batches("train", size, seed=seed, epoch=epoch),
             masked=masked,
             recipe=recipe,
-            evaluate=lambda m: task.evaluate(m, "validation", 4 * size, device=device.device, autocast=device.autocast),
+            evaluate=lambda m: task.evaluate(
+                m, "validation", 4 * size, device=device.device, autocast=device.autocast
+            ),
             device=device.device,
             autocast=device.autocast,
             resume=ResumeFile(folder / "state.safetensors", folder.name),

@@ -1,0 +1,303 @@
+"""The command `fishmask`: parse, call, print. Every heavy import stands inside its command."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.errors import FishmaskError, ParamsError
+
+if TYPE_CHECKING:
+    from stages.runner import Stage
+
+app = typer.Typer(
+    name="fishmask",
+    help="Choose the few parameters with the most Fisher information, train only those, keep a tiny exact artifact.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+profiles = typer.Typer(help="List, show or switch the profiles of params.yaml.", no_args_is_help=True)
+app.add_typer(profiles, name="profile", rich_help_panel="The pipeline")
+
+PIPELINE, STAGES, ARTIFACTS, PROJECT = "The pipeline", "Single stages", "Masks and deltas", "This project"
+
+Task = Annotated[str, typer.Option("--task", "-t", help="A task of params.yaml.")]
+Method = Annotated[str, typer.Option("--method", "-m", help="A method of params.yaml.")]
+Setting = Annotated[str, typer.Option("--setting", help="A setting of params.yaml.")]
+Seed = Annotated[list[int] | None, typer.Option("--seed", help="Only this seed; repeat for several. [all]")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write here instead of the pipeline's artifacts.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-S", metavar="KEY=VALUE", help="Override a key of params.yaml; needs --out."),
+]
+Density = Annotated[float | None, typer.Option("--density", help="Updated / all parameters; needs --out.")]
+Track = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Log to MLflow.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command; an expected failure is one line on stderr and its exit code."""
+    try:
+        app(prog_name="fishmask")
+    except FishmaskError as error:
+        print(f"fishmask: {error}", file=sys.stderr)
+        raise SystemExit(error.code) from None
+    except KeyboardInterrupt:
+        print("fishmask: interrupted; run the same command again to go on from the saved state", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _stage(
+    work: "Callable[[Stage], None]",
+    cell: tuple[str, ...],
+    seeds: list[int] | None,
+    out: Path | None,
+    sets: list[str] | None,
+    track: bool,
+    density: float | None = None,
+) -> None:
+    """Run one stage's cell in this process, exactly as DVC would."""
+    from pipeline.params import Params, parse_overrides
+    from pipeline.workspace import Cell, Workspace
+    from stages.runner import Stage
+
+    workspace = Workspace.here()
+    overrides = parse_overrides(sets or [])
+    if density is not None:
+        overrides[f"tasks.{cell[1]}.density"] = density
+    if overrides and out is None:
+        raise ParamsError(
+            "an override makes another result than the pipeline's; add --out DIR to say where it goes, "
+            "or change params.yaml, or use `dvc exp run -S KEY=VALUE`"
+        )
+    params = Params.load(workspace.root / "params.yaml", overrides)
+    stage = Stage(Cell(*cell), params, workspace, seeds=seeds or None, out=out, track=track)
+    work(stage)
+    print(f"{' '.join(cell)}: wrote {stage.out}")
+
+
+@app.command(rich_help_panel=STAGES)
+def fetch(task: Task, out: Out = None, set_: Sets = None, mlflow: Track = True) -> None:
+    """Fetch and normalise a task's data."""
+    from stages import fetch as module
+
+    _stage(module.run, ("fetch", task), None, out, set_, mlflow)
+
+
+@app.command(rich_help_panel=STAGES)
+def score(task: Task, seed: Seed = None, out: Out = None, set_: Sets = None, mlflow: Track = True) -> None:
+    """Score a task's parameters by Fisher information."""
+    from stages import score as module
+
+    _stage(module.run, ("score", task), seed, out, set_, mlflow)
+
+
+@app.command(rich_help_panel=STAGES)
+def mask(
+    task: Task,
+    method: Method = "fish",
+    setting: Setting = "main",
+    seed: Seed = None,
+    density: Density = None,
+    out: Out = None,
+    set_: Sets = None,
+    mlflow: Track = True,
+) -> None:
+    """Choose the coordinates that a method trains."""
+    from stages import mask as module
+
+    _stage(module.run, ("mask", task, method, setting), seed, out, set_, mlflow, density)
+
+
+@app.command(rich_help_panel=STAGES)
+def train(
+    task: Task,
+    method: Method = "fish",
+    setting: Setting = "main",
+    seed: Seed = None,
+    out: Out = None,
+    set_: Sets = None,
+    mlflow: Track = True,
+) -> None:
+    """Train one cell of the table: only the coordinates of its mask."""
+    from stages import train as module
+
+    _stage(module.run, ("train", task, method, setting), seed, out, set_, mlflow)
+
+
+@app.command(rich_help_panel=STAGES)
+def aggregate(out: Out = None, mlflow: Track = True) -> None:
+    """Write the tables, figures and the page from all metrics."""
+    from stages import aggregate as module
+
+    _stage(module.run, ("aggregate", "all"), None, out, None, mlflow)
+
+
+@app.command("tune-lr", rich_help_panel=STAGES)
+def tune_lr(
+    task: Task,
+    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="Only this method. [all]")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds per learning rate.")] = 2,
+    write: Annotated[bool, typer.Option("--write/--dry-run", help="Record the best in params.yaml.")] = True,
+) -> None:
+    """Find each method's learning rate on a split of train, never on the reported split."""
+    from stages.tuning import tune
+
+    from pipeline.params import Params
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.here()
+    tune(workspace, Params.load(workspace.root / "params.yaml"), task, method, seeds, write)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def demo() -> None:
+    """Run the embedded default end to end and print its table."""
+    from pipeline import project
+
+    project.switch_profile("demo", only_if_absent=True)
+    project.repro([])
+    project.print_results()
+
+
+@app.command(rich_help_panel=PIPELINE, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def repro(context: typer.Context) -> None:
+    """Run `dvc repro` with this interpreter; takes DVC's own arguments."""
+    from pipeline import project
+
+    project.repro(context.args)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def plan(as_json: AsJson = False) -> None:
+    """Show what `repro` would run and what it cost here the last time."""
+    from pipeline import project
+
+    project.print_plan(as_json)
+
+
+@profiles.command("list")
+def profile_list(as_json: AsJson = False) -> None:
+    """List the profiles; a star marks the one in use."""
+    from pipeline import project
+
+    names = project.profile_names()
+    current = project.current_profile()
+    if as_json:
+        print(json.dumps({"profiles": names, "current": current}))
+    else:
+        print("\n".join(f"{'*' if name == current else ' '} {name}" for name in names))
+
+
+@profiles.command("show")
+def profile_show(name: str) -> None:
+    """Print a profile."""
+    from pipeline import project
+
+    print(project.profile_text(name), end="")
+
+
+@profiles.command("use")
+def profile_use(
+    name: str,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that was edited.")] = False,
+) -> None:
+    """Make a profile the project's params.yaml."""
+    from pipeline import project
+
+    project.switch_profile(name, force=force)
+    print(f"params.yaml is now the '{name}' profile")
+
+
+@app.command(rich_help_panel=ARTIFACTS)
+def inspect(file: Path, as_json: AsJson = False) -> None:
+    """Show what a mask, ranking or delta file holds, layer by layer."""
+    from pipeline import inspection
+
+    inspection.show(inspection.describe(file), as_json)
+
+
+@app.command(rich_help_panel=ARTIFACTS)
+def verify(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Files or folders. [artifacts/]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of masks, rankings and deltas against their checksums."""
+    from pipeline import inspection
+
+    inspection.verify(paths or [Path("artifacts")], as_json)
+
+
+Base = Annotated[str, typer.Option("--base", help="The base model: a safetensors file, or a model folder.")]
+Result = Annotated[Path, typer.Option("--out", "-o", help="Where the new model goes.")]
+
+
+@app.command(rich_help_panel=ARTIFACTS)
+def apply(delta: Path, base: Base, out: Result) -> None:
+    """Write base + delta as a new model, bit for bit what was trained."""
+    from pipeline import application
+
+    print(application.apply(delta, Path(base), out))
+
+
+@app.command(rich_help_panel=ARTIFACTS)
+def revert(delta: Path, tuned: Annotated[Path, typer.Argument()], out: Result) -> None:
+    """Write the base again from a tuned model and a delta that keeps the base's values."""
+    from pipeline import application
+
+    print(application.revert(delta, tuned, out))
+
+
+@app.command(rich_help_panel=PROJECT)
+def doctor(as_json: AsJson = False) -> None:
+    """Show the device and why, versions, disk, and the database."""
+    from pipeline import project
+
+    project.print_doctor(as_json)
+
+
+@app.command(rich_help_panel=PROJECT)
+def ui(
+    port: Annotated[int, typer.Option(help="Port on loopback.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Open MLflow on this project's runs."""
+    from pipeline.tracking import ui as serve
+    from pipeline.workspace import Workspace
+
+    raise typer.Exit(serve(Workspace.here().home, port=port, host=host))
+
+
+@app.command(rich_help_panel=PROJECT)
+def why(
+    cell: Annotated[str, typer.Argument(help="A cell such as words-fish-main.")], as_json: AsJson = False
+) -> None:
+    """Trace a number: cell, seeds, artifact hashes, MLflow run, commit."""
+    from pipeline import project
+
+    project.print_why(cell, as_json)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from pipeline.workspace import VERSION
+
+        print(f"fishmask {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+__all__: list[Any] = ["app", "main"]
