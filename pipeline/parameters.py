@@ -101,7 +101,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
         A read-only view (of a CPU copy, where the tensor is elsewhere or not contiguous).
     """
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()).toreadonly()
+    return flat.view(torch.uint8).numpy().data.toreadonly()
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -175,7 +175,7 @@ def take(tensor: Tensor, coordinates: Tensor | None) -> Tensor:
     """
     flat = tensor.detach().reshape(-1)
     if coordinates is None:
-        return flat.clone() if tensor.is_contiguous() else flat  # reshape has copied the other kind
+        return flat.clone()
     return flat.index_select(0, coordinates)
 
 

@@ -267,7 +267,7 @@ def _row(raw: Any, parts: Iterable[Any]) -> int:
     here: Any = raw
     for part in parts:
         try:
-            row = getattr(here, "lc").item(part)[0] + 1 if isinstance(here, list) else here.lc.key(part)[0] + 1
+            row = (here.lc.item if isinstance(here, list) else here.lc.key)(part)[0] + 1  # type: ignore[attr-defined]
             here = here[part]
         except (AttributeError, KeyError, IndexError, TypeError):
             break
@@ -275,8 +275,9 @@ def _row(raw: Any, parts: Iterable[Any]) -> int:
 
 
 def _line(file: str, raw: Any, error: ValidationError) -> str:
-    """The first mistake as one line."""
-    first = error.errors()[0]
+    """The first mistake as one line; a misspelt key before the key that it leaves missing."""
+    mistakes = error.errors()
+    first = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
     parts = [part for part in first["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in parts)
     where = f"{file}:{_row(raw, parts)}: {key}"

@@ -42,7 +42,9 @@ def budget(density: float, total: int) -> int:
         raise ParamsError(f"density is {density}; expected a number above 0 and at most 1 (0.005 = 0.5 %)")
     k = int(Fraction(repr(number)) * total)
     if k == 0:
-        raise ParamsError(f"density {number} of {total} parameters chooses none; the least is {_at_least(1, total)}")
+        raise ParamsError(
+            f"density {number} of {total} parameters chooses none; the least is {_at_least(1, total)}"
+        )
     return k
 
 

@@ -1,0 +1,141 @@
+"""dvc.yaml tells the truth: each stage's modules and params are exactly those it uses (CORRECTNESS 13)."""
+
+import ast
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.params import Params
+
+ROOT = Path(__file__).parent.parent.parent
+STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+CORE = ["parameters.py", "files.py", "losses.py", "fisher", "masks", "deltas", "training"]
+HEAVY = {"mlflow", "dvc", "datasets", "typer", "pydantic", "transformers", "pyarrow", "sklearn", "rich"}
+
+
+def imports(file):
+    """Every module named by an import statement anywhere in a file, but for those only type checkers see."""
+    found = []
+
+    class Visitor(ast.NodeVisitor):
+        def visit_If(self, node):
+            if ast.unparse(node.test) != "TYPE_CHECKING":
+                self.generic_visit(node)
+
+        def visit_Import(self, node):
+            found.extend(alias.name for alias in node.names)
+
+        def visit_ImportFrom(self, node):
+            assert node.level == 0, f"{file}: relative import"
+            found.append(node.module)
+            found.extend(f"{node.module}.{alias.name}" for alias in node.names)
+
+    Visitor().visit(ast.parse(file.read_text()))
+    return found
+
+
+def files_of(module):
+    """The project's files that importing a module runs: its packages' __init__ files and itself."""
+    parts = module.split(".")
+    if parts[0] not in ("pipeline", "stages"):
+        return
+    for depth in range(1, len(parts) + 1):
+        path = ROOT.joinpath(*parts[:depth])
+        for file in (path / "__init__.py", path.with_suffix(".py")):
+            if file.is_file():
+                yield file
+
+
+@cache
+def closure(file):
+    """The files that running ``file`` can reach."""
+    seen, todo = set(), [file]
+    while todo:
+        here = todo.pop()
+        if here not in seen:
+            seen.add(here)
+            todo.extend(f for module in imports(here) for f in files_of(module))
+    return seen
+
+
+def with_code(files):
+    return {str(f.relative_to(ROOT)) for f in files if f.read_text().strip()}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_declared_modules_are_the_imported_ones(name):
+    stage = STAGES[name]
+    module = re.search(r"python -m (stages\.\w+)", stage["cmd"]).group(1)
+    script = ROOT / (module.replace(".", "/") + ".py")
+    used = with_code(closure(script) | {ROOT / "stages/__init__.py"})
+    declared = [d for d in stage["deps"] if d.startswith(("pipeline", "stages"))]
+    covered = set()
+    for dep in declared:
+        path = ROOT / dep
+        assert path.exists(), f"{name} declares {dep}, which is not there"
+        covered |= with_code(path.rglob("*.py") if path.is_dir() else [path])
+    assert sorted(used - covered) == [], f"{name} uses modules that dvc.yaml does not declare"
+    assert sorted(covered - used) == [], f"{name} declares modules that it does not use"
+
+
+def resolve(text, item):
+    return re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match.group(1)], text)
+
+
+def test_the_declared_params_are_the_read_ones():
+    """The committed metrics record every key that their stage read: they must be those that dvc.yaml declares."""
+    params = Params.load(ROOT / "params.yaml")
+    checked = 0
+    for name, stage in STAGES.items():
+        folder = ROOT / "metrics" / re.search(r"stages\.(\w+)", stage["cmd"]).group(1)
+        for item in items(stage.get("matrix", {}), params):
+            file = folder / f"{'-'.join(item.values()) or 'all'}.json"
+            declared = {resolve(key, item) for key in stage["params"]}
+            read = set(json.loads(file.read_text())["params"])
+            assert read == declared, f"{name} {item}"
+            checked += 1
+    assert checked > 30
+
+
+def items(matrix, params):
+    rows = [{}]
+    for key, values in matrix.items():
+        names = params.at(values[2:-1]) if isinstance(values, str) else values
+        rows = [row | {key: value} for row in rows for value in names]
+    return rows
+
+
+def test_every_out_is_cached_and_every_metric_is_not():
+    for name, stage in STAGES.items():
+        assert all(isinstance(out, str) for out in stage["outs"]), (
+            f"{name}: an uncached out disables the run cache"
+        )
+        for metric in stage.get("metrics", []):
+            (settings,) = metric.values()
+            assert settings == {"cache": False}, f"{name}: metrics belong to git"
+
+
+def core_files():
+    for entry in CORE:
+        path = ROOT / "pipeline" / entry
+        yield from path.rglob("*.py") if path.is_dir() else [path]
+
+
+@pytest.mark.parametrize("file", sorted(map(str, core_files())))
+def test_the_core_stands_alone(file):
+    reached = {module.split(".")[0] for f in closure(Path(file)) for module in imports(f)}
+    assert not reached & HEAVY
+    outside = {"pipeline/tasks", "pipeline/tracking", "pipeline/reports", "pipeline/cli"}
+    assert not [f for f in closure(Path(file)) if str(f.relative_to(ROOT)).startswith(tuple(outside))]
+
+
+def test_no_pickle_and_no_torch_load_anywhere():
+    for folder in ("pipeline", "stages"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text()
+            assert "pickle" not in {m.split(".")[0] for m in imports(file)}, file
+            assert not re.search(r"\btorch\.(load|save)\(", text), file

@@ -1,0 +1,124 @@
+"""params.yaml: what is read, and the one line that each mistake becomes."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ParamsError
+from pipeline.params import Params, parse_overrides
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "params.yaml").read_text()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(old, new):
+        assert TEXT.count(old) >= 1, f"the committed params.yaml no longer holds {old!r}"
+        file = tmp_path / "params.yaml"
+        file.write_text(TEXT.replace(old, new, 1))
+        return file
+
+    return write
+
+
+def message(file, **overrides):
+    with pytest.raises(ParamsError) as caught:
+        Params.load(file, overrides or None)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def row(file, part):
+    return next(i for i, line in enumerate(file.read_text().splitlines(), 1) if part in line)
+
+
+def test_the_committed_file_is_the_demo_profile():
+    assert TEXT == (ROOT / "pipeline" / "profiles" / "demo.yaml").read_text()
+    params = Params.load(ROOT / "params.yaml")
+    assert params.profile == "demo"
+    assert len(params.seeds) >= 3
+
+
+def test_dotted_lookup_gives_values_and_models():
+    params = Params.load(ROOT / "params.yaml")
+    assert params.at("tasks.words.density") == params.tasks["words"].density
+    assert params.at("tasks.words.train") is params.tasks["words"].train
+    assert params.at("methods.fish.lr.words") == params.methods["fish"].lr["words"]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("tasks.wrods", "unknown task 'wrods'; did you mean 'words'?"),
+        ("methods.fsh.lr.words", "unknown method 'fsh'; did you mean 'fish'?"),
+        ("settings.mian", "unknown setting 'mian'; did you mean 'main'?"),
+    ],
+)
+def test_an_unknown_name_gets_the_closest(key, hint):
+    with pytest.raises(ParamsError, match="params.yaml: ") as caught:
+        Params.load(ROOT / "params.yaml").at(key)
+    assert hint in str(caught.value)
+
+
+def test_a_misspelt_key_names_line_and_suggestion(write):
+    file = write("    density: 0.005", "    densty: 0.005")
+    text = message(file)
+    assert text.startswith(f"params.yaml:{row(file, 'densty')}: tasks.words.densty: unknown key")
+    assert "did you mean 'density'?" in text
+
+
+@pytest.mark.parametrize("value", ["0", "-0.1", "1.5", "much", "null", ".nan", ".inf"])
+def test_a_density_outside_0_1_is_refused_with_its_line(write, value):
+    file = write("    density: 0.005", f"    density: {value}")
+    text = message(file)
+    assert text.startswith(f"params.yaml:{row(file, f'density: {value}')}: tasks.words.density: expected")
+
+
+def test_a_missing_key_is_named(write):
+    assert "tasks.words.metric: missing" in message(write("    metric: accuracy\n", ""))
+
+
+def test_numbers_are_read_as_yaml_1_2_does(write):
+    file = write("weight_decay: 0.0,", "weight_decay: 5e-5,")
+    assert Params.load(file).tasks["words"].train.weight_decay == 5e-5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ("tasks: [words, digits]", "tasks: [wrods]", "grid.tasks: unknown 'wrods'; did you mean 'words'?"),
+        ("ranked: [fish]", "ranked: []", "exactly one of ranked and unranked"),
+        ("examples: [32, 128, 1024]", "examples: [128, 32]", "ascending"),
+        ("seeds: [0, 1, 2]", "seeds: []", "seeds: expected"),
+        ("kind: text", "kind: txet", "expected 'text' or 'image'"),
+    ],
+)
+def test_contradictions_are_one_line(write, old, new, part):
+    assert part in message(write(old, new))
+
+
+def test_a_grid_task_without_a_learning_rate_is_refused(write):
+    import re
+
+    lr = re.search(r"dense: (\{lr: \{words: [^,]+, digits: [^}]+\}\})", TEXT)
+    assert lr
+    assert "methods.dense.lr: unknown 'digits'" in message(write(lr.group(1), "{lr: {words: 0.1}}"))
+
+
+def test_broken_yaml_names_the_line(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text("profile: demo\nseeds: [0, 1\ngrid: {\n")
+    assert message(file).startswith("params.yaml:")
+    file.write_text("- a list\n")
+    assert "expected a mapping" in message(file)
+    assert "no such file" in message(tmp_path / "absent.yaml")
+
+
+def test_overrides_are_checked_like_the_file():
+    assert parse_overrides(["a.b=5e-5", "c=[1, 2]", "d=off"]) == {"a.b": 5e-5, "c": [1, 2], "d": "off"}
+    with pytest.raises(ParamsError, match="KEY=VALUE"):
+        parse_overrides(["density"])
+    with pytest.raises(ParamsError, match="expected"):
+        Params.load(ROOT / "params.yaml", {"tasks.words.density": 0})
