@@ -32,7 +32,7 @@ _ENVIRONMENT = {  # defaults: what the user has set wins
     "MLFLOW_DISABLE_AGENT_HINT": "1",
     "MLFLOW_CONFIGURE_LOGGING": "false",  # no "Creating initial tables" between our progress lines
     "GIT_PYTHON_REFRESH": "quiet",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # MLflow's 7 retries of 120 s would hold up training behind a dead server
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # its own 7 retries of 120 s would let training wait for a dead server
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 
@@ -41,8 +41,8 @@ def project_root() -> Path:
     """Find the project that outlives this run.
 
     Returns:
-        ``$DVC_ROOT`` if set (under ``dvc exp run --temp`` the working directory is a passing copy), else the folder of
-        the nearest params.yaml upwards, else the working directory.
+        ``$DVC_ROOT`` if set (under ``dvc exp run --temp`` the working directory is a passing copy), else the
+        folder of the nearest params.yaml upwards, else the working directory.
     """
     if root := os.environ.get("DVC_ROOT"):
         return Path(root).resolve()
@@ -106,7 +106,7 @@ class Store:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Write in as few calls as MLflow's limits allow (one costs ~16 ms on sqlite, for one point or a thousand).
+        """Write in as few calls as MLflow's limits allow (on sqlite one costs ~16 ms, for one point as for many).
 
         Args:
             run_id: the run.
@@ -137,7 +137,7 @@ def connect(experiment: str) -> Store:
     uri = store_uri()
     _set_defaults()
     collecting = gc.isenabled()
-    gc.disable()  # MLflow imports 1,300 modules and keeps them all: collecting in between costs a quarter of the time
+    gc.disable()  # MLflow imports 1,300 modules and keeps them: collecting in between is a quarter of the time
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # of MLflow's imports, not of this project
@@ -216,7 +216,8 @@ def ui(root: Path | None = None, port: int = 5000, host: str = "127.0.0.1") -> i
     if uri.startswith("http"):
         print(f"The runs are on the server that MLFLOW_TRACKING_URI names: {uri}")
         return 0
-    _check_free(host, port)
+    if problem := _not_free(host, port):
+        raise ParamsError(f"{host} port {port}: {problem}; choose another with --port")
     _set_defaults()
     os.environ.setdefault(
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false"
@@ -241,11 +242,12 @@ def ui(root: Path | None = None, port: int = 5000, host: str = "127.0.0.1") -> i
         raise
 
 
-def _check_free(host: str, port: int) -> None:
+def _not_free(host: str, port: int) -> str | None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except (OSError, OverflowError) as error:
-        raise ParamsError(f"{host} port {port}: {error}; choose another with --port") from None
+        return getattr(error, "strerror", None) or str(error)
+    return None

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-# What the pipeline itself writes while it runs: a change there does not mean that the code or the settings changed.
+# What the pipeline itself writes while it runs: a change there is none of the code or the settings.
 _WRITTEN = (":(exclude,top)metrics", ":(exclude,top)dvc.lock", ":(exclude,top)reports")
 
 
@@ -15,8 +15,9 @@ def git_tags(root: Path) -> dict[str, str]:
         root: a folder inside the repository.
 
     Returns:
-        ``git.commit`` (40 hex digits, absent before the first commit) and ``git.dirty`` (``true`` when a file other
-        than the pipeline's own metrics and lock differs from that commit or is untracked). Empty outside a repository.
+        ``git.commit`` (40 hex digits, absent before the first commit) and ``git.dirty`` (``true`` when a file
+        other than the pipeline's own metrics and lock differs from that commit or is untracked). Empty outside a
+        repository.
     """
     status = _git(root, "status", "--porcelain", "--untracked-files=normal", "--", ":(top)", *_WRITTEN)
     if status is None:
@@ -38,9 +39,9 @@ def _git(root: Path, *arguments: str) -> str | None:
 def dvc_tags(root: Path, stage: str, cell: str) -> dict[str, str]:
     """Look the hashes of a cell's inputs up in ``dvc.lock``.
 
-    The lock's entry of the running stage is from its previous run, so each hash is taken from the stage that wrote the
-    file. Before a first run there is no entry: then the inputs are the outputs of the cells that this one extends
-    (``words`` and ``words-fish`` for ``words-fish-main``).
+    The lock's entry of the running stage is from its previous run, so each hash is taken from the stage that wrote
+    the file. Before a first run there is no entry: then the inputs are the outputs of the cells that this one
+    extends (``words`` and ``words-fish`` for ``words-fish-main``).
 
     Args:
         root: the folder of dvc.lock.

@@ -98,8 +98,7 @@ class Run:
     def figure(self, figure: Any, name: str) -> None:
         """Attach a small figure: a path, or a matplotlib figure (kept as svg).
 
-        Raises:
-            StorageError: if it is larger than 1 MiB or no kind of figure or table.
+        A file above 1 MiB, or of a kind that is no figure or table, is refused with a ``StorageError``.
         """
         if isinstance(figure, str | Path):
             source = Path(figure)
@@ -112,11 +111,7 @@ class Run:
             self._attach("figures", name if Path(name).suffix else f"{name}.svg", buffer.getvalue())
 
     def table(self, rows: Iterable[Mapping[str, Any]], name: str) -> None:
-        """Attach a small table as csv.
-
-        Raises:
-            StorageError: if it is larger than 1 MiB.
-        """
+        """Attach a small table as csv; above 1 MiB it is refused with a ``StorageError``."""
         rows = list(rows)
         text = io.StringIO()
         columns = dict.fromkeys(column for row in rows for column in row)
@@ -160,7 +155,7 @@ class Run:
         found = self._store.find(tags["fingerprint"], parent)
         attempt = int(found.data.tags.get("attempt", 1)) if found else 1
         if found and parent is None and found.info.status == "FINISHED":
-            # A child is only looked for below its parent: if that one is continued, so is a child that had finished.
+            # A child is looked for below its parent only: where that is continued, so is a finished child.
             found, attempt = None, attempt + 1
         if found:
             self.run_id = found.info.run_id
@@ -206,7 +201,7 @@ class Run:
             except Exception as error:
                 self._failures += 1
                 if self._store is not None and (fatal or self._failures >= _FAILURES):
-                    _warn(f"{self._name}: MLflow failed while {doing}, so this run goes on without it: {_line(error)}")
+                    _warn(f"{self._name}: MLflow failed while {doing}; the run goes on without it: {_line(error)}")
                     self._store = None
 
 
@@ -260,19 +255,17 @@ class Tracker:
                 try:
                     store = connect(self.experiment)
                 except Exception as error:
-                    _warn(f"{what}: MLflow at {store_uri()} failed, so this run goes on without it: {_line(error)}")
+                    _warn(f"{what}: MLflow at {store_uri()} failed; the run goes on without it: {_line(error)}")
         run = Run(what, store)
         with run._opened(params, dict(tags) | identity, parent=None):
             yield run
 
 
 def _clean(name: str, taken: dict[str, str]) -> str:
-    """A name that MLflow accepts (letters, digits and ``_-./ :``), another one for each other name."""
+    """A name that MLflow accepts (letters, digits and ``_-./``), another one for each other name."""
     if name not in taken:
         parts = re.sub(r"[^\w\-. /]", "_", name)[:240].split("/")
         base = clean = "/".join(part for part in parts if part not in {"", ".", ".."}) or "_"
-            "/".join(filter(None, re.sub(r"[^\w\-. /]", "_", name).split("/"))).replace("..", "._") or "_"
-        )
         count = 1
         while clean in taken.values():
             count += 1

@@ -1,0 +1,144 @@
+"""The whole pipeline in a temporary project: real DVC, real git, real MLflow, a user's own files."""
+
+import json
+import random
+import sqlite3
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+MAIN = ["dense", "fish", "random"]
+
+
+def test_the_first_repro_runs_every_cell_and_leaves_git_clean(finished):
+    assert sorted(finished.ran) == sorted(
+        ["fetch@reviews", "score@reviews", "aggregate", "mask-ranked@reviews-fish-main"]
+        + ["mask@reviews-dense-main", "mask@reviews-random-main", "mask-sweep@reviews-fish-denser"]
+        + [f"train@reviews-{method}-main" for method in MAIN]
+        + ["train-sweep@reviews-fish-denser"]
+    )
+    assert finished.run("git", "status", "--porcelain").stdout == ""
+    assert finished.repro() == []
+    assert finished.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_the_report_shows_the_metrics_of_the_cells(finished):
+    page = (finished.root / "reports" / "index.html").read_text()
+    HTMLParser().feed(page)
+    metrics = finished.metrics("train/reviews-fish-main")
+    scores = [seed["metric"] for seed in metrics["seeds"].values()]
+    assert len(scores) == 2
+    assert f"{100 * sum(scores) / 2:.1f}" in page or f"{sum(scores) / 2:.3f}" in page
+
+
+def test_each_method_learns_what_the_words_mean(finished):
+    """Labels follow from two of seven words; a coin gets 0.5."""
+    for method in MAIN:
+        seeds = finished.metrics(f"train/reviews-{method}-main")["seeds"].values()
+        assert min(seed["metric"] for seed in seeds) > 0.6, method
+
+
+def test_changing_one_methods_lr_reruns_its_cells_alone(finished, fork):
+    project = fork(finished)
+    project.edit("random: {lr: {reviews: 1.0e-2}}", "random: {lr: {reviews: 2.0e-2}}")
+    assert sorted(project.repro()) == ["aggregate", "train@reviews-random-main"]
+    changed = project.dvc("params", "diff").stdout
+    assert "methods.random.lr.reviews" in changed
+    assert "metrics/train/reviews-random-main.json" in project.dvc("metrics", "diff", "--all").stdout
+
+
+def test_dvc_experiments_log_to_the_real_project(finished, fork):
+    project = fork(finished)
+    project.dvc("exp", "run", "--temp", "-S", "methods.random.lr.reviews=0.003", "--name", "slower")
+    assert "slower" in project.dvc("exp", "show", "--csv").stdout
+    runs = query(project, "select name from experiments")
+    assert ("fishmask-test/slower",) in runs
+    assert project.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_push_and_pull_bring_the_artifacts_back(finished, fork, tmp_path):
+    project = fork(finished)
+    before = project.artifacts()
+    project.dvc("remote", "add", "-d", "store", str(tmp_path / "store"))
+    project.dvc("push", "-q")
+    import shutil
+
+    shutil.rmtree(project.root / ".dvc" / "cache")
+    shutil.rmtree(project.root / "artifacts")
+    project.dvc("pull", "-q")
+    assert project.artifacts() == before
+
+
+def test_single_stages_give_the_same_bytes_as_dvc(finished, fork):
+    project = fork(finished)
+    before = project.artifacts()
+    metrics = project.run("git", "status", "--porcelain").stdout
+    for stage in ("fetch", "score"):
+        project.fishmask(stage, "--task", "reviews")
+    for stage in ("mask", "train"):
+        project.fishmask(stage, "--task", "reviews", "--method", "fish", "--seed", "1")
+    assert project.artifacts() == before
+    assert project.run("git", "status", "--porcelain").stdout == metrics
+
+
+def query(project, sql):
+    with sqlite3.connect(project.root / "mlflow.db") as database:
+        rows = database.execute(sql).fetchall()
+    database.close()
+    return rows
+
+
+def test_mlflow_holds_a_run_per_cell_and_a_child_per_seed(finished):
+    tags = {}
+    for run, key, value in query(finished, "select run_uuid, key, value from tags"):
+        tags.setdefault(run, {})[key] = value
+    cells = [t for t in tags.values() if t.get("stage") == "train" and "mlflow.parentRunId" not in t]
+    assert sorted(t["cell"] for t in cells) == sorted(
+        [f"reviews-{m}-main" for m in MAIN] + ["reviews-fish-denser"]
+    )
+    children = [t for t in tags.values() if "mlflow.parentRunId" in t]
+    assert len(children) == 2 * len(cells)
+    for child in children:
+        assert {"seed", "mask_digest", "data_digest", "git.commit", "git.dirty"} <= set(child)
+    assert {status for (status,) in query(finished, "select status from runs")} == {"FINISHED"}
+    metrics = query(finished, "select run_uuid, key, step, count(*) from metrics group by 1, 2, 3")
+    assert metrics and all(count == 1 for *_, count in metrics), "a step was logged twice"
+    logged = {
+        value for key, value in query(finished, "select key, value from latest_metrics") if key == "accuracy"
+    }
+    reported = {
+        seed["metric"]
+        for file in (finished.root / "metrics" / "train").glob("*.json")
+        for seed in json.loads(file.read_text())["seeds"].values()
+    }
+    assert reported <= logged
+
+
+@pytest.mark.parametrize("stage", ["fetch", "score", "mask", "train"])
+def test_kill_9_during_a_stage_then_repro_gives_the_same_bytes(finished, template, fork, stage):
+    project = fork(template)
+    for before in {"fetch": [], "score": ["fetch"], "mask": ["fetch", "score"]}.get(
+        stage, ["fetch", "score", "mask"]
+    ):
+        cell = ["--method", "fish"] if before == "mask" else []
+        project.fishmask(before, "--task", "reviews", *cell, "--no-mlflow")
+    cell = ["reviews"] if stage in ("fetch", "score") else ["reviews", "fish", "main"]
+    draw = random.Random(stage)
+    for _ in range(2):
+        process = project.start("python", "-m", f"stages.{stage}", *cell)
+        wait_for_work(project, stage, process, draw.uniform(0.0, 0.6))
+        process.kill()
+        process.communicate()
+    project.repro()
+    assert project.artifacts() == finished.artifacts()
+    assert not any((project.root / ".resume").rglob("*.safetensors")), "resume state was left behind"
+
+
+def wait_for_work(project, stage, process, extra):
+    """Wait until the stage has begun to write, and a little longer."""
+    folder = project.root / "artifacts" / stage
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None and not list(folder.glob(".*.partial")):
+        time.sleep(0.01)
+    time.sleep(extra)
