@@ -58,3 +58,21 @@ class Interrupted(FishmaskError):
     """The process was asked to stop (SIGTERM, Ctrl-C); unfinished work is saved where it can be resumed."""
 
     code = 143
+
+
+class DivergedError(FishmaskError):
+    """Training diverged: the loss or a trained value is NaN or infinite.
+
+    Args:
+        message: one line for the user.
+        history: the epochs that were finished before, as ``FitResult.history`` holds them; a search over learning
+            rates counts such a run as the lowest score instead of stopping.
+        step: the optimizer step, from 0, whose loss was the first that is not finite.
+    """
+
+    code = 9
+
+    def __init__(self, message: str, history: list[dict[str, float]] | None = None, step: int = 0) -> None:
+        super().__init__(message)
+        self.history = history or []
+        self.step = step

@@ -17,7 +17,8 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -97,7 +98,7 @@ def plain_json(value: Any, what: str) -> Any:
         ParamsError: if the value is no JSON.
     """
     try:
-        return json.loads(_canonical(dict(value) if isinstance(value, Mapping) else value))
+        return json.loads(canonical_json(dict(value) if isinstance(value, Mapping) else value))
     except (TypeError, ValueError) as error:
         raise ParamsError(
             f"{what} is no JSON ({error}); use strings, finite numbers, lists and mappings"
@@ -116,7 +117,7 @@ def write_file(
 
     Args:
         path: the file; its folder must exist.
-        format: what it is (``mask``, ``delta``, ...).
+        format: what it is (``fishmask-mask``, ``fishmask-delta``, ...).
         version: of that format's layout, from 1.
         meta: JSON-able metadata.
         sections: tensors by name, of any shape, in a dtype of ``DTYPES``, on any device.
@@ -147,7 +148,7 @@ def write_file(
         "meta": plain_json(meta, f"{path}: meta"),
         "sections": {name: _checksum(tensor_bytes(tensor)) for name, tensor in sections.items()},
     }
-    head = {"__metadata__": {"checksum": _ZEROS.decode(), "fishmask": _canonical(about)}, **entries}
+    head = {"__metadata__": {"checksum": _ZEROS.decode(), "fishmask": canonical_json(about)}, **entries}
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data starts 8-aligned in the file
     blank = struct.pack("<Q", len(text)) + text
@@ -174,25 +175,51 @@ def read_file(
         ArtifactError: if the file is missing, corrupt, truncated, too long, foreign, of another format, or of a
             newer version; the message names the file, the section and the reason.
     """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a named pipe would wait forever
-            raise ArtifactError(f"{path}: is not a file; name a fishmask {format} file")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            head, start = _read_header(path, file, size)
-            about = _about(path, head, format, version)
-            layout = _layout(path, head, about["sections"], size - start)
-            sections = {name: _read_section(path, file, name, *layout[name]) for name in layout}
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: no such file; name an existing fishmask {format} file") from None
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    with _opened(path) as (file, size):
+        head, start = _read_header(path, file, size)
+        about = _about(path, head)
+        if about["format"] != format:
+            raise ArtifactError(f"{path}: is a {about['format']} file; expected a {format} file")
+        if about["version"] > version:
+            raise ArtifactError(
+                f"{path}: is a {format} file of version {about['version']}, written by a newer fishmask; this one "
+                f"reads up to version {version}: upgrade fishmask"
+            )
+        layout = _layout(path, head, about["sections"], size - start)
+        sections = {name: _read_section(path, file, name, *layout[name]) for name in layout}
     for name, tensor in sections.items():
         if _checksum(tensor_bytes(tensor)) != about["sections"][name]:
             _corrupt(path, name, "its checksum does not match")
         if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
             _corrupt(path, name, "a boolean is neither 0 nor 1")
     return about["meta"], sections
+
+
+def format_of(path: str | os.PathLike[str]) -> str:
+    """Tell what an artifact is, by its verified header.
+
+    Returns:
+        The format it was written with.
+
+    Raises:
+        ArtifactError: if the file is missing, foreign, or its header corrupt.
+    """  # noqa: DOC502 -- raised by what it calls
+    with _opened(path) as (file, size):
+        return str(_about(path, _read_header(path, file, size)[0])["format"])
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file for reading, and tell its size."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a named pipe would wait forever
+            raise ArtifactError(f"{path}: is not a file; name an artifact file")
+        with open(path, "rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file; check the path, or make the file first") from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _corrupt(path: str | os.PathLike[str], section: str, why: str) -> NoReturn:
@@ -203,12 +230,27 @@ def _checksum(data: bytes | memoryview) -> str:
     return blake2b(data, digest_size=32).hexdigest()
 
 
-def _canonical(value: Any) -> str:
+def canonical_json(value: Any) -> str:
+    """Write JSON in its one canonical form: keys sorted, no spaces, ASCII.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: if the value holds NaN or an infinity.
+    """  # noqa: DOC502 -- raised by json
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _parse(text: str) -> Any:
-    """Parse JSON strictly: no repeated key (two readers would see two files), no NaN, bounded depth."""
+def strict_json(text: str) -> Any:
+    """Parse JSON strictly: no repeated key (two readers would see two files), no NaN, bounded depth.
+
+    Returns:
+        The data.
+
+    Raises:
+        ValueError: if the text is anything else.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -245,7 +287,7 @@ def _read_header(path: str | os.PathLike[str], file: BinaryIO, size: int) -> tup
             raise ArtifactError(f"{path}: is a safetensors file, but not one written by fishmask")
         _corrupt(path, "header", "its checksum does not match" if known else "it is no fishmask header")
     try:
-        head = _parse(raw[8:].decode())
+        head = strict_json(raw[8:].decode())
     except ValueError as error:
         _corrupt(path, "header", str(error))
     return head, 8 + length
@@ -254,7 +296,7 @@ def _read_header(path: str | os.PathLike[str], file: BinaryIO, size: int) -> tup
 def _is_foreign(header: bytes) -> bool:
     """Tell another program's safetensors header from a damaged one of ours."""
     try:
-        head = _parse(header.decode())
+        head = strict_json(header.decode())
     except ValueError:
         return False
     about = head.get("__metadata__", {}) if isinstance(head, dict) else None
@@ -263,24 +305,17 @@ def _is_foreign(header: bytes) -> bool:
     return about is not None and not ours and all(isinstance(e, dict) and "data_offsets" in e for e in entries)
 
 
-def _about(path: str | os.PathLike[str], head: Any, format: str, version: int) -> dict[str, Any]:
+def _about(path: str | os.PathLike[str], head: Any) -> dict[str, Any]:
     """Check what the file says it is; returns its format, version, meta and section checksums."""
     try:
-        about = _parse(head["__metadata__"]["fishmask"])
+        about = strict_json(head["__metadata__"]["fishmask"])
         found, number, meta, sums = about["format"], about["version"], about["meta"], about["sections"]
         if not (isinstance(found, str) and type(number) is int and number >= 1 and isinstance(meta, dict)):
             raise ValueError("format, version or meta is of the wrong type")
-        if set(sums) != set(head) - {"__metadata__"}:
+        if not isinstance(sums, dict) or set(sums) != set(head) - {"__metadata__"}:
             raise ValueError("its sections and checksums do not pair up")
     except (KeyError, TypeError, ValueError) as error:
         _corrupt(path, "header", f"its metadata is malformed ({error})")
-    if found != format:
-        raise ArtifactError(f"{path}: is a fishmask {found} file; expected a {format} file")
-    if number > version:
-        raise ArtifactError(
-            f"{path}: is a {format} file of version {number}, written by a newer fishmask; this one reads up to "
-            f"version {version}: upgrade fishmask"
-        )
     return dict(about)
 
 

@@ -26,7 +26,8 @@ import sys, time
 from pipeline.process import interruptible
 from pipeline.tracking import Tracker
 
-with interruptible(), Tracker.open("exp").cell("train", "c", params={"lr": 1}, tags={}, fingerprint="f") as run:
+cell = Tracker.open("exp").cell("train", "c", params={"lr": 1}, tags={}, fingerprint=sys.argv[1])
+with interruptible(), cell as run:
     with run.child("seed-0", tags={"seed": 0}, fingerprint="f0") as child:
         for step in range(1, 8):
             child.log({"loss": 1 / step}, step)
@@ -185,7 +186,7 @@ def test_an_error_ends_the_run_as_failed_with_its_first_line(project):
 
 
 def test_kill_9_then_again_is_one_run(project):
-    killed = start(project, "wait")
+    killed = start(project, "f", "wait")
     assert killed.stdout.readline() == "logged\n"
     killed.kill()
     killed.communicate()
@@ -199,7 +200,7 @@ def test_kill_9_then_again_is_one_run(project):
 
 
 def test_sigterm_ends_the_runs_as_killed(project):
-    stopped = start(project, "wait")
+    stopped = start(project, "f", "wait")
     assert stopped.stdout.readline() == "logged\n"
     time.sleep(0.1)
     stopped.send_signal(signal.SIGTERM)
@@ -210,12 +211,16 @@ def test_sigterm_ends_the_runs_as_killed(project):
 
 def test_several_processes_touching_a_fresh_store_at_once_all_succeed(project):
     (project / "mlflow.db").unlink()
-    workers = [start(project) for _ in range(3)]
+    workers = [start(project, fingerprint) for fingerprint in ("a", "b")]
     for worker in workers:
         _, errors = worker.communicate(timeout=120)
         assert worker.returncode == 0 and errors == ""
-    assert {r.info.status for r in stored()} <= {"FINISHED"}
-    assert {p.info.run_id for p in stored() if p.data.tags["level"] == "seed"}
+    runs = stored()
+    assert sorted(r.data.tags["fingerprint"] for r in runs) == ["a", "b", "f0", "f0"]
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    for run in runs:
+        if run.data.tags["level"] == "seed":
+            assert steps(run, "loss") == [(step, 1 / step) for step in range(1, 8)]
 
 
 def test_a_signal_during_a_write_is_neither_lost_nor_taken_for_a_database_error(project, capfd):

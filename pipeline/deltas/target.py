@@ -97,7 +97,7 @@ class Target:
     @property
     def anchor(self) -> Tensor:
         """The tensor object by which this module or dict is known again, as long as it lives."""
-        return next(iter(self.parameters.values()))
+        return self.parameters[min(self.parameters)]
 
     def read(self, name: str, coordinates: Tensor | None) -> Tensor:
         """Copy the values of a parameter at CPU coordinates (None: all).
@@ -145,23 +145,24 @@ class Target:
                 raise MismatchError(f"tied tensor '{name}' has different values under its several names")
         return {name: tensor_digest(tensor) for name, tensor in self.parameters.items()}
 
-    def digest_with(self, name: str, coordinates: Tensor | None, values: Tensor) -> str:
-        """Digest a parameter as if it held ``values`` at the CPU coordinates (None: all).
+    def changed(self, name: str, coordinates: Tensor | None, values: Tensor | None) -> Tensor:
+        """Copy a parameter with other values at CPU coordinates (None: all); None as values changes nothing.
 
         Returns:
-            Its ``tensor_digest``.
+            A CPU tensor in the parameter's dtype and shape.
         """
-        changed = self.parameters[name].detach().to("cpu", copy=True).contiguous()
-        put_(changed, coordinates, values)
-        return tensor_digest(changed)
+        tensor = self.parameters[name].detach()
+        if values is None:
+            return tensor.cpu()
+        if coordinates is None:
+            return values.reshape(tensor.shape)
+        copy = tensor.to("cpu", copy=True)
+        put_(copy, coordinates, values)
+        return copy
 
 
 def write_all(writes: Iterable[Write]) -> None:
-    """Do all writes or none: after any failure the tensors hold their former bits again.
-
-    Raises:
-        BaseException: whatever stopped the writing, an interrupt included.
-    """
+    """Do all writes or none: after any failure, an interrupt included, the tensors hold their former bits."""
     planned = [(tensor, at, values, take(tensor, at)) for tensor, at, values in writes]
     done = 0
     try:

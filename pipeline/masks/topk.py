@@ -11,6 +11,7 @@ k-th value is found by a histogram over the bits of the scores instead, which is
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +27,32 @@ _CHUNK_GPU = 1 << 24  # larger on an accelerator, where each step waits for one 
 _DIGIT = 16  # bits per histogram level of the fallback
 
 
-def top_coordinates(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+class _Scores(NamedTuple):
+    """The scores as they are read: flat tensors, the dtype they are compared in, and whether by magnitude."""
+
+    flat: dict[str, Tensor]
+    dtype: torch.dtype
+    absolute: bool
+
+    def read(self, part: Tensor) -> Tensor:
+        part = part.to(self.dtype)
+        return part.abs() if self.absolute else part
+
+    def chunks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Cut a tensor into (first coordinate, chunk)."""
+        tensor = self.flat[name]
+        size = _CHUNK if tensor.device.type == "cpu" else _CHUNK_GPU
+        for start in range(0, tensor.numel(), size):
+            yield start, self.read(tensor[start : start + size])
+
+
+def top_coordinates(scores: Mapping[str, Tensor], k: int, *, absolute: bool = False) -> dict[str, Tensor]:
     """Find the coordinates of the k largest scores over all tensors.
 
     Args:
         scores: name -> non-negative finite floats of any shape and float dtype, on any device, in flat order.
         k: how many, 0..n.
+        absolute: rank by absolute value; scores may be negative then.
 
     Returns:
         name -> sorted int64 [count] coordinates within that tensor, on the CPU; every name has an entry.
@@ -39,39 +60,28 @@ def top_coordinates(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     Raises:
         ParamsError: if a score is NaN, infinite or negative, or not a float; the message names the tensor.
     """
-    flat = {name: _flat(name, score) for name, score in scores.items()}
+    for name, score in scores.items():
+        if not score.is_floating_point():
+            raise ParamsError(f"scores of tensor '{name}' are {score.dtype}; expected floats")
+    flat = {name: score.detach().reshape(-1) for name, score in scores.items()}
     wide = torch.float64 if any(t.dtype == torch.float64 for t in flat.values()) else torch.float32
-    floor = _sampled_floor(flat, k, wide)
-    found = _collect(flat, floor, limit=max(4 * k, _SMALL) + _SMALL, dtype=wide)
+    source = _Scores(flat, wide, absolute)
+    found = _collect(source, _sampled_floor(source, k), limit=max(4 * k, _SMALL) + _SMALL)
     if found is None or found[0].numel() < k:
-        value, ties = _kth_by_bits(flat, k, wide)
-        return _above(flat, value, ties, wide)
+        return _above(source, *_kth_by_bits(source, k))
     values, coordinates, counts = found
     return dict(zip(flat, _finish(values, coordinates, counts, k), strict=True))
 
 
-def _flat(name: str, score: Tensor) -> Tensor:
-    if not score.is_floating_point():
-        raise ParamsError(f"scores of tensor '{name}' are {score.dtype}; expected floats")
-    return score.detach().reshape(-1)
-
-
-def _chunks(tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """Cut a flat tensor into (first coordinate, chunk in ``dtype``)."""
-    size = _CHUNK if tensor.device.type == "cpu" else _CHUNK_GPU
-    for start in range(0, tensor.numel(), size):
-        yield start, tensor[start : start + size].to(dtype)
-
-
-def _sampled_floor(flat: Mapping[str, Tensor], k: int, dtype: torch.dtype) -> float:
+def _sampled_floor(source: _Scores, k: int) -> float:
     """Guess a value that a little more than k scores reach; 0 (all of them) where n is small."""
-    total = sum(t.numel() for t in flat.values())
+    total = sum(t.numel() for t in source.flat.values())
     if total <= _SMALL or 2 * k >= total:
         return 0.0
     picked, skip = [], 0
-    for tensor in flat.values():  # every 499th of the flat space, whatever the tensors' sizes
+    for tensor in source.flat.values():  # every 499th of the flat space, whatever the tensors' sizes
         if skip < tensor.numel():
-            picked.append(tensor[skip::_STRIDE].to("cpu", dtype))
+            picked.append(source.read(tensor[skip::_STRIDE]).cpu())
         skip = (skip - tensor.numel()) % _STRIDE
     sample = torch.cat(picked)
     expected = k * sample.numel() / total
@@ -81,9 +91,7 @@ def _sampled_floor(flat: Mapping[str, Tensor], k: int, dtype: torch.dtype) -> fl
     return float(sample.kthvalue(sample.numel() - rank).values)
 
 
-def _collect(
-    flat: Mapping[str, Tensor], floor: float, limit: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, list[int]] | None:
+def _collect(source: _Scores, floor: float, limit: int) -> tuple[Tensor, Tensor, list[int]] | None:
     """Collect all (score, coordinate) pairs that reach ``floor``, checking every score on the way.
 
     Returns:
@@ -92,9 +100,9 @@ def _collect(
     values: list[Tensor] = []
     coordinates: list[Tensor] = []
     counts, found, full = [], 0, False
-    for name, tensor in flat.items():
+    for name in source.flat:
         before = found
-        for start, chunk in _chunks(tensor, dtype):
+        for start, chunk in source.chunks(name):
             if _check(name, chunk) < floor or full:
                 continue
             at = _nonzero(chunk >= floor)
@@ -107,7 +115,7 @@ def _collect(
     if full:
         return None
     empty = torch.empty(0, dtype=torch.int64)
-    return torch.cat([empty.to(dtype), *values]), torch.cat([empty, *coordinates]), counts
+    return torch.cat([empty.to(source.dtype), *values]), torch.cat([empty, *coordinates]), counts
 
 
 def _check(name: str, chunk: Tensor) -> float:
@@ -145,7 +153,7 @@ def _finish(values: Tensor, coordinates: Tensor, counts: Sequence[int], k: int) 
     return [part[flags] for flags, part in parts]
 
 
-def _kth_by_bits(flat: Mapping[str, Tensor], k: int, dtype: torch.dtype) -> tuple[float, int]:
+def _kth_by_bits(source: _Scores, k: int) -> tuple[float, int]:
     """Find the k-th largest score by its bits: non-negative floats order like their bit patterns.
 
     Each level histograms the next 16 bits of the scores that share the digits fixed so far.
@@ -153,12 +161,12 @@ def _kth_by_bits(flat: Mapping[str, Tensor], k: int, dtype: torch.dtype) -> tupl
     Returns:
         The k-th largest score, and how many scores equal to it belong to the k largest.
     """
-    width, integer = (32, torch.int32) if dtype == torch.float32 else (64, torch.int64)
+    width, integer = (32, torch.int32) if source.dtype == torch.float32 else (64, torch.int64)
     prefix, wanted = 0, k
     for shift in range(width - _DIGIT, -1, -_DIGIT):
         histogram = torch.zeros(1 << _DIGIT, dtype=torch.int64)
-        for tensor in flat.values():
-            for _, chunk in _chunks(tensor, dtype):
+        for name in source.flat:
+            for _, chunk in source.chunks(name):
                 bits = chunk.abs().view(integer)  # abs: -0.0 would rank as the largest
                 if shift + _DIGIT < width:
                     bits = bits[(bits >> (shift + _DIGIT)) == prefix]
@@ -167,15 +175,15 @@ def _kth_by_bits(flat: Mapping[str, Tensor], k: int, dtype: torch.dtype) -> tupl
         digit = int((above >= wanted).nonzero().max())
         wanted -= int(above[digit]) - int(histogram[digit])
         prefix = (prefix << _DIGIT) | digit
-    return float(torch.tensor(prefix, dtype=integer).view(dtype)), wanted
+    return float(torch.tensor(prefix, dtype=integer).view(source.dtype)), wanted
 
 
-def _above(flat: Mapping[str, Tensor], value: float, ties: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _above(source: _Scores, value: float, ties: int) -> dict[str, Tensor]:
     """Take every coordinate whose score exceeds ``value``, and the first ``ties`` of those that equal it."""
     chosen = {}
-    for name, tensor in flat.items():
+    for name in source.flat:
         parts = [torch.empty(0, dtype=torch.int64)]
-        for start, chunk in _chunks(tensor, dtype):
+        for start, chunk in source.chunks(name):
             flags = chunk > value
             if ties:
                 equal = _nonzero(chunk == value)[:ties]

@@ -31,6 +31,8 @@ class Segment:
 
     Attributes:
         parameter: the tensor.
+        owner: the module that holds it.
+        key: its name in that module.
         start: its first element in θ.
         stop: one past its last.
         coordinates: int64 [m] on the tensor's device, row-major and ascending; None where all are trained, which
@@ -38,6 +40,8 @@ class Segment:
     """
 
     parameter: nn.Parameter
+    owner: nn.Module
+    key: str
     start: int
     stop: int
     coordinates: Tensor | None
@@ -105,16 +109,17 @@ class MaskedParameters:
         """Write θ into the model at the mask's coordinates, rounded to each tensor's dtype.
 
         Raises:
-            ModelError: if this object was released, or the model was moved or cast after it was masked.
+            ModelError: if a tensor was moved or replaced after the model was masked (``load_state_dict`` with
+                ``assign=True`` replaces), or this object was released.
         """
         self._check_open()
         cast = {self._dtype: self.values.detach()}  # one cast of the whole vector per dtype, not one per tensor
         for name, part in self._segments.items():
             weight = part.parameter
-            if weight.device != self._device:
+            if weight.device != self._device or part.owner._parameters.get(part.key) is not weight:
                 raise ModelError(
-                    f"tensor '{name}' moved from {self._device} to {weight.device} while masked; "
-                    "move the model first, then build MaskedParameters"
+                    f"tensor '{name}' was moved or replaced while masked; prepare the model first, then build "
+                    "MaskedParameters on it"
                 )
             if weight.dtype not in cast:
                 cast[weight.dtype] = self.values.detach().to(weight.dtype)
@@ -181,7 +186,9 @@ class MaskedParameters:
             count = self.mask.count(name)
             if count:
                 part = None if self.mask.whole(name) else self.mask.indices[name].to(self._device)
-                self._segments[name] = Segment(parameters[name], start, start + count, part)
+                path, _, key = name.rpartition(".")
+                owner = self._model.get_submodule(path)
+                self._segments[name] = Segment(parameters[name], owner, key, start, start + count, part)
                 start += count
         trained = {segment.parameter for segment in self._segments.values()}
         for parameter in self._flags:

@@ -1,7 +1,6 @@
 """MaskedParameters: frozen is frozen, O(k), and the same θ as an independent oracle."""
 
 import copy
-import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -107,7 +106,7 @@ def assert_frozen(model: nn.Module, before: dict[str, Tensor], mask: Mask) -> No
 
 
 class Oracle:
-    """Plain dense training, masked from outside: one leaf of the gathered values, dense gradients gathered late."""
+    """Plain dense training, masked from outside: one leaf of the gathered values."""
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
         self.model = model
@@ -259,24 +258,18 @@ def test_optimizer_state_is_k_sized() -> None:
 def test_one_dense_gradient_is_alive_at_a_time(case: str) -> None:
     make, batches = CASES[case]
     model = make()
-    masked = MaskedParameters(model, random_mask(model, 0.3))
+    MaskedParameters(model, random_mask(model, 0.3))
     seen: list[int] = []
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def look(parameter: Tensor) -> None:
         seen.append(sum(p.grad is not None for p in trained))
 
-    class Spy:  # runs after the product's hook of the same tensor
-        handles = [p.register_post_accumulate_grad_hook(look) for p in trained]
-        early = [p.register_hook(lambda g: seen.append(sum(p.grad is not None for p in trained))) for p in trained]
-
+    for parameter in trained:
+        parameter.register_hook(look)  # runs when its gradient arrives, before it is stored
+        parameter.register_post_accumulate_grad_hook(look)  # runs after the product's hook of the same tensor
     example_losses(model, batches(0)).mean().backward()
     assert len(seen) >= 2 * len(trained) and max(seen) == 0  # before its own arrives, and after it was taken
-    assert masked.values.grad is not None
-    gc.collect()
-    dense = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.grad is not None]
-    assert {id(t) for t in dense} == {id(masked.values)}
-    del Spy
 
 
 def test_no_gradient_is_formed_for_tensors_without_coordinates() -> None:
@@ -323,7 +316,7 @@ def test_embeddings_with_no_masked_row_in_the_batch_get_zero() -> None:
 def test_tied_weights_count_once_and_stay_dense() -> None:
     config = GPT2Config(
         vocab_size=embeddings.SPARSE_ROWS, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=True,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     twin = copy.deepcopy(model)
@@ -555,9 +548,13 @@ def test_models_on_several_devices_are_refused() -> None:
         MaskedParameters(model, random_mask_of_all(model))
 
 
-def test_a_model_cast_or_moved_later_is_refused() -> None:
+@pytest.mark.parametrize("change", ["moved", "assigned"])
+def test_a_model_moved_or_reassigned_while_masked_is_refused(change: str) -> None:
     model = nn.Linear(3, 3)
     masked = MaskedParameters(model, random_mask_of_all(model))
-    model.weight.data = model.weight.data.to("meta")
-    with pytest.raises(ModelError, match="'weight' moved"):
+    if change == "moved":
+        model.to("meta")
+    else:
+        model.load_state_dict({n: p.detach().clone() for n, p in model.named_parameters()}, assign=True)
+    with pytest.raises(ModelError, match="'weight' was moved or replaced"):
         masked.write_()

@@ -1,0 +1,139 @@
+"""Sums of squared (or absolute) per-example outer products, the arithmetic under every weight's rule.
+
+For a weight [O, I] that saw inputs a and output gradients g, example n's gradient is G_n = Σ_t g_ntᵀ a_nt, and the
+scores gain Σ_n ψ(G_n) with ψ the square or the absolute value. All G_n together would take B·O·I floats; each
+form below holds far less.
+
+Shape legend: B examples, T positions, O outputs, I inputs, P pairs of positions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Elements of a tile of G_n on a CPU: it and its accumulator are written once per example, so they should stay in
+# cache, yet a small tile makes a slow matrix product. 384 x 384 was best of 64..384 rows and columns (BENCH: Zen 3).
+TILE = 384
+# Up to this many positions, one product over all pairs of positions beats B small products (SPEED.md).
+FEW = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """How to work.
+
+    Attributes:
+        power: "square" or "absolute".
+        chunk: bytes of temporary tensors that a rule may hold, beyond what a single example needs.
+    """
+
+    power: str
+    chunk: int
+
+    def psi(self, x: Tensor) -> Tensor:
+        """Square or absolute value, elementwise.
+
+        Returns:
+            A new tensor.
+        """
+        return x.square() if self.power == "square" else x.abs()
+
+    def groups(self, size: int, bytes_each: int) -> Iterator[slice]:
+        """Cut ``size`` examples into groups whose temporaries fit the chunk, one example at least.
+
+        Yields:
+            Slices of the examples.
+        """
+        step = max(1, min(size, self.chunk // max(1, bytes_each)))
+        for start in range(0, size, step):
+            yield slice(start, min(start + step, size))
+
+
+def add_outer(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
+    """Add Σ_n ψ(g_nᵀ a_n) to ``into_OI``, in its dtype."""
+    size, positions, outputs = g_BTO.shape
+    inputs = a_BTI.shape[2]
+    g_BTO, a_BTI = g_BTO.to(into_OI.dtype), a_BTI.to(into_OI.dtype)
+    if positions == 1:
+        # A product of one term: its square is the product of squares.
+        into_OI.addmm_(work.psi(g_BTO[:, 0]).t(), work.psi(a_BTI[:, 0]))
+    elif positions == 0:
+        return
+    elif g_BTO.device.type != "cpu":
+        _batched(g_BTO, a_BTI, into_OI, work)
+    elif work.power == "square" and positions <= FEW and _pairs(g_BTO, a_BTI, into_OI, work):
+        return
+    elif outputs * inputs <= 4096:
+        _batched(g_BTO, a_BTI, into_OI, work)
+    else:
+        _tiled(g_BTO, a_BTI, into_OI, work)
+
+
+def _tiled(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
+    outputs, inputs = into_OI.shape
+    columns = min(inputs, TILE if outputs >= TILE else TILE * TILE // outputs)
+    rows = min(outputs, max(1, TILE * TILE // columns))
+    product_space, total_space = into_OI.new_empty(rows * columns), into_OI.new_empty(rows * columns)
+    for top in range(0, outputs, rows):
+        for left in range(0, inputs, columns):
+            corner = into_OI[top : top + rows, left : left + columns]
+            # The last tiles are smaller; viewed from the start of the buffers they stay contiguous.
+            product = product_space[: corner.numel()].view(corner.shape)
+            total = total_space[: corner.numel()].view(corner.shape).zero_()
+            g_tile, a_tile = g_BTO[:, :, top : top + rows], a_BTI[:, :, left : left + columns]
+            for g_TO, a_TI in zip(g_tile.unbind(0), a_tile.unbind(0), strict=True):
+                torch.mm(g_TO.t(), a_TI, out=product)
+                if work.power == "square":
+                    total.addcmul_(product, product)
+                else:
+                    total.add_(product.abs_())
+            # Summing a batch apart from the running total keeps rounding from growing with the number of examples.
+            corner.add_(total)
+
+
+def _batched(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
+    order = 2 if work.power == "square" else 1
+    for group in work.groups(len(g_BTO), into_OI.numel() * into_OI.element_size()):
+        products = torch.bmm(g_BTO[group].transpose(1, 2), a_BTI[group])
+        if len(products) == 1:
+            into_OI.add_(work.psi(products[0]))
+        else:
+            # The norm reads the products once and writes [O, I]: no second [B, O, I] of squares.
+            norm = torch.linalg.vector_norm(products, order, dim=0)
+            into_OI.add_(norm.square_() if order == 2 else norm)
+
+
+def _pairs(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> bool:
+    """Expand the square: G² = Σ_{s≤t} (2 - [s=t]) g_s g_t a_s a_t, one matrix product over all examples and pairs.
+
+    The expansion cancels where G_n is small against its terms, so the result is kept only if its rounding error is
+    small against the largest score.
+
+    Returns:
+        Whether it was added; False if the caller must take another way.
+    """
+    size, positions, outputs = g_BTO.shape
+    inputs = a_BTI.shape[2]
+    first, second, weight = _pair_index(positions)
+    total_OI = torch.zeros_like(into_OI)
+    bytes_each = len(first) * (outputs + inputs) * 2 * into_OI.element_size()
+    for group in work.groups(size, bytes_each):
+        g, a = g_BTO[group], a_BTI[group]
+        g_PO = (g[:, first] * g[:, second] * weight.to(g.dtype)[:, None]).reshape(-1, outputs)
+        a_PI = (a[:, first] * a[:, second]).reshape(-1, inputs)
+        total_OI.addmm_(g_PO.t(), a_PI)
+    bound_OI = g_BTO.abs().sum(1).square_().t() @ a_BTI.abs().sum(1).square_()
+    # eps · bound is the order of the error; 100 · eps in fp32 is a tenth of the 1e-4 that CORRECTNESS 3 allows.
+    if float(bound_OI.max()) > 100 * float(total_OI.max()):
+        return False
+    into_OI.add_(total_OI.clamp_(min=0))
+    return True
+
+
+@lru_cache
+def _pair_index(positions: int) -> tuple[list[int], list[int], Tensor]:
+    pairs = [(s, t) for s in range(positions) for t in range(s, positions)]
+    return [s for s, _ in pairs], [t for _, t in pairs], torch.tensor([1.0 if s == t else 2.0 for s, t in pairs])

@@ -1,0 +1,247 @@
+"""Staircase coding: coordinates of matrices whose rows and columns each have a rate of their own.
+
+A Fisher score of a weight is close to a product of a row's and a column's share, so a threshold on it chooses a
+staircase: with the columns sorted by their counts, every row is nearly a prefix. Stored are the rows and columns
+that hold anything, their counts, and the few cells in which the staircase is wrong. On the Fisher mask of a
+MiniLM's pooler, 92,639 of 147,456 coordinates, 4 cells are.
+
+A tensor is a matrix of its first dimension by all others; a vector is one row. All tensors share seven streams,
+one after the other, of LEB128 integers under LZMA: the tensors' (rows, columns, wrong cells) held; the gaps before
+each row held; its count - 1; the same two for columns; the gaps before each wrong cell, counted down the columns
+of the sorted matrix.
+"""
+
+import lzma
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.masks.rice import gaps_of
+
+Array = np.ndarray
+# Writers keep within these and readers refuse beyond, so that a few bytes cannot claim memory without end.
+_CELLS = 64  # cells of the held rows x columns per coordinate
+_RATIO = 1024  # bytes out of LZMA, or cells, per byte in
+_SPARE = 1 << 16  # ... and this many for nothing
+_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22, "lc": 0, "pb": 0}]
+
+
+class Stairs(NamedTuple):
+    """One matrix taken apart; each field is int64 and ready for ``pack_integers``."""
+
+    sizes: Array
+    row_gaps: Array
+    row_counts: Array
+    column_gaps: Array
+    column_counts: Array
+    wrong: Array
+
+
+def matrix_shape(shape: tuple[int, ...], numel: int) -> tuple[int, int]:
+    """Read a tensor as a matrix: its first dimension by all others; a vector is one row.
+
+    Returns:
+        Rows and columns.
+    """
+    rows = shape[0] if len(shape) > 1 else 1
+    return rows, numel // max(rows, 1)
+
+
+def take_apart(coordinates: Array, columns: int) -> Stairs | None:
+    """Take one matrix of coordinates apart.
+
+    Args:
+        coordinates: int64 [k], k > 0, strictly increasing.
+        columns: of the matrix.
+
+    Returns:
+        Its parts, or None where it is too sparse for its rows and columns to say much.
+    """
+    row, column = np.divmod(coordinates, columns)
+    rows, row_at, row_counts = np.unique(row, return_inverse=True, return_counts=True)
+    held, column_at, column_counts = np.unique(column, return_inverse=True, return_counts=True)
+    if len(rows) * len(held) > _CELLS * len(coordinates):
+        return None
+    cells = np.zeros((len(rows), len(held)), dtype=bool)
+    cells[row_at, column_at] = True
+    across = np.argsort(-column_counts, kind="stable")
+    down = np.argsort(-row_counts, kind="stable")
+    wrong = np.flatnonzero((cells ^ _staircase(row_counts, across))[down][:, across].T)
+    sizes = np.array([len(rows), len(held), len(wrong)])
+    return Stairs(sizes, gaps_of(rows), row_counts - 1, gaps_of(held), column_counts - 1, gaps_of(wrong))
+
+
+def _staircase(row_counts: Array, across: Array) -> Array:
+    """Fill each row with its count of cells, the fullest columns first."""
+    rank = np.empty(len(across), dtype=np.int32)
+    rank[across] = np.arange(len(across), dtype=np.int32)
+    return np.asarray(rank[None, :] < np.minimum(row_counts, len(across)).astype(np.int32)[:, None])
+
+
+def estimate(stairs: Stairs) -> int:
+    """Estimate the bytes a matrix adds to the shared streams.
+
+    Returns:
+        What DEFLATE makes of it alone, which is quick and a little more.
+    """
+    packed = zlib.compress(b"".join(pack_integers(part) for part in stairs), 6, -15)
+    return max(len(packed) - 4, 1)  # four bytes: what a stream of its own costs
+
+
+def encode(parts: list[Stairs]) -> bytes | None:
+    """Code all matrices together.
+
+    Returns:
+        The code, or None if it is so small that a reader would refuse what it expands to.
+    """
+    data = b"".join(pack_integers(np.concatenate(stream)) for stream in zip(*parts, strict=True))
+    code = squeeze(data)
+    cells = sum(int(part.sizes[0] * part.sizes[1]) for part in parts)
+    return code if max(cells, len(data)) <= _bound(code) else None
+
+
+def _bound(code: bytes | Array) -> int:
+    return _RATIO * len(code) + _SPARE
+
+
+def decode(code: Array, shapes: list[tuple[int, int]]) -> list[Array]:
+    """Decode the coordinates of all matrices.
+
+    Args:
+        code: uint8.
+        shapes: rows and columns of each matrix.
+
+    Returns:
+        int64 [k], strictly increasing and within its matrix, for each.
+
+    Raises:
+        ValueError: if the code does not hold exactly that.
+    """
+    integers = unpack_integers(expand(code.tobytes()))
+    if len(integers) < 3 * len(shapes):
+        raise ValueError("it holds too few integers")
+    sizes, rest = integers[: 3 * len(shapes)].reshape(-1, 3), integers[3 * len(shapes) :]
+    limits = np.array(shapes, dtype=np.int64).reshape(-1, 2)
+    held = sizes[:, :2]
+    if (held > limits).any() or (held >= 1 << 31).any() or (sizes > len(rest)).any():
+        raise ValueError("it holds more rows or columns than its tensors")
+    cells = held[:, 0] * held[:, 1]
+    if (cells > _bound(code)).any() or int(cells.sum()) > _bound(code):
+        raise ValueError(f"{len(code)} bytes claim to hold {int(cells.sum())} cells")
+    totals = sizes.sum(axis=0)
+    lengths = [totals[i] for i in (0, 0, 1, 1, 2)]
+    if int(sum(lengths)) != len(rest):
+        raise ValueError(f"it holds {len(rest)} integers instead of {int(sum(lengths))}")
+    rows, row_counts, columns, column_counts, wrong = np.split(rest, np.cumsum(lengths)[:-1])
+    split = [
+        _pieces(_positions(rows, sizes[:, 0], limits[:, 0]), sizes[:, 0]),
+        _pieces(row_counts + 1, sizes[:, 0]),
+        _pieces(_positions(columns, sizes[:, 1], limits[:, 1]), sizes[:, 1]),
+        _pieces(-column_counts, sizes[:, 1]),
+        _pieces(_positions(wrong, sizes[:, 2], cells), sizes[:, 2]),
+    ]
+    return [_put_together(shape[1], *each) for shape, *each in zip(shapes, *split, strict=True)]
+
+
+def _pieces(values: Array, lengths: Array) -> list[Array]:
+    ends = np.cumsum(lengths).tolist()
+    return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _put_together(
+    width: int, rows: Array, row_counts: Array, columns: Array, column_counts: Array, wrong: Array
+) -> Array:
+    """Rebuild the coordinates of one matrix, the inverse of ``take_apart``; column counts come negated."""
+    across = np.argsort(column_counts, kind="stable")
+    cells = _staircase(row_counts, across)
+    if len(wrong):
+        column_at, row_at = np.divmod(wrong, len(rows))
+        cells[np.argsort(-row_counts, kind="stable")[row_at], across[column_at]] ^= True
+    return np.asarray(((rows * width)[:, None] + columns[None, :])[cells])
+
+
+def _positions(gaps: Array, lengths: Array, limits: Array) -> Array:
+    """Sum the gaps of each tensor up to positions, refusing any that is not below the tensor's limit."""
+    sums = np.cumsum(gaps + 1)
+    if gaps.sum(dtype=np.float64) >= 2.0**62:  # beyond any mask's size, and where int64 sums could wrap
+        raise ValueError("a coordinate lies outside its tensor")
+    ends = np.cumsum(lengths)
+    before = np.concatenate([[0], sums])[ends - lengths]
+    if (np.concatenate([[0], sums])[ends] - before > limits).any():
+        raise ValueError("a coordinate lies outside its tensor")
+    return np.asarray(sums - 1 - np.repeat(before, lengths))
+
+
+def pack_integers(values: Array) -> bytes:
+    """Write non-negative int64 values as LEB128: seven bits a byte, lowest first, the top bit where more follow.
+
+    Returns:
+        The bytes.
+    """
+    sizes = np.ones(len(values), dtype=np.int64)
+    for shift in range(7, 63, 7):
+        sizes += values >> shift > 0
+    starts = np.cumsum(sizes) - sizes
+    out = np.empty(int(sizes.sum()), dtype=np.uint8)
+    for byte in range(int(sizes.max(initial=0))):
+        some = sizes > byte
+        more = (sizes[some] > byte + 1).astype(np.int64) << 7
+        out[starts[some] + byte] = ((values[some] >> (7 * byte)) & 127) | more
+    return out.tobytes()
+
+
+def unpack_integers(data: bytes) -> Array:
+    """Read what ``pack_integers`` wrote.
+
+    Returns:
+        int64 values, non-negative.
+
+    Raises:
+        ValueError: if the last one is cut off or one has more than 63 bits.
+    """
+    octets = np.frombuffer(data, dtype=np.uint8)
+    ends = np.flatnonzero(octets < 128)
+    if len(octets) and (len(ends) == 0 or ends[-1] != len(octets) - 1):
+        raise ValueError("an integer is cut off")
+    sizes = np.diff(ends, prepend=-1)
+    longest = int(sizes.max(initial=1))
+    if longest > 9:
+        raise ValueError("an integer is too long")
+    starts = ends - sizes + 1
+    values = (octets[starts] & 127).astype(np.int64)
+    for byte in range(1, longest):
+        some = np.flatnonzero(sizes > byte)
+        values[some] |= (octets[starts[some] + byte] & 127).astype(np.int64) << (7 * byte)
+    return values
+
+
+def squeeze(data: bytes) -> bytes:
+    """Compress: 8 bytes of length, then LZMA. ``expand`` takes it back up to 1024 times the code's size.
+
+    Returns:
+        The code.
+    """
+    return len(data).to_bytes(8, "little") + lzma.compress(data, lzma.FORMAT_RAW, filters=_FILTERS)
+
+
+def expand(code: bytes) -> bytes:
+    """Expand what ``squeeze`` wrote, within its bound on memory.
+
+    Returns:
+        The data.
+
+    Raises:
+        ValueError: if the length is beyond the bound, or not what comes out.
+    """
+    length = int.from_bytes(code[:8], "little")
+    if length > _bound(code):
+        raise ValueError(f"{len(code)} bytes claim to expand to {length}")
+    try:
+        stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
+        data = stream.decompress(code[8:], max_length=length) if length else b""
+    except lzma.LZMAError as error:
+        raise ValueError(f"it does not expand ({error})") from None
+    if len(data) != length:
+        raise ValueError(f"it expands to {len(data)} bytes instead of {length}")
+    return data

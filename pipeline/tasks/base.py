@@ -1,0 +1,314 @@
+"""Task: the data of a fetched folder, the base model to train on it, and the metrics to judge it by.
+
+Reading needs torch, numpy and pyarrow only; ``Task.model`` imports transformers where the model is one of its.
+"""
+
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.errors import DataError, ModelError, ParamsError
+from pipeline.losses import Batch, losses_from, outputs_of, targets_of, to_device
+from pipeline.tasks import cifar, metrics
+from pipeline.tasks.batches import Batches, by_length, cut, shuffled
+from pipeline.tasks.draws import Rows, permutation, split_by_group
+from pipeline.tasks.image import ImageSplit, pixel_array
+from pipeline.tasks.models import load_model
+from pipeline.tasks.settings import ModelSettings
+from pipeline.tasks.store import read_manifest, read_split
+from pipeline.tasks.text import TextSplit
+
+TUNE = 0.2  # of train, held out to choose learning rates on
+_FETCH = "run `fishmask fetch` again"
+
+
+class Task:
+    """A fetched data set, a base model, a metric.
+
+    Splits are those fetched (``train``, ``validation``, ``test``), and two parts of train: ``tune`` (a fifth, whole
+    groups) to choose learning rates on, and ``fit`` (the rest) to train on meanwhile.
+
+    Attributes:
+        name: of the task.
+        kind: ``text`` or ``image``.
+        classes: their names; None for regression.
+        metric: how it is scored.
+        data_digest: of everything in the data that reaches a model.
+        model_source: where the base model comes from.
+        reported: the split whose scores are reported: validation, or test where that is the only labelled one.
+        manifest: all that fetch recorded.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], model: ModelSettings, metric: str) -> None:
+        """Use ``Task.load``, which checks its arguments."""
+        self._folder = folder
+        self._model = model
+        self.manifest = manifest
+        self.metric = metric
+        self.name: str = manifest["task"]
+        self.kind: str = manifest["kind"]
+        self.classes: list[str] | None = manifest["classes"]
+        self.data_digest: str = manifest["data_digest"]
+        self.model_source = model.source
+        self.reported = "validation" if "validation" in manifest["splits"] else "test"
+        self._splits: dict[str, TextSplit | ImageSplit] = {}
+        self._groups: Rows | None = None
+
+    @classmethod
+    def load(cls, folder: Path | str, model: ModelSettings, metric: str) -> "Task":
+        """Open a fetched folder; its splits are read, and their digests checked, when first used.
+
+        Args:
+            folder: what ``fetch`` wrote.
+            model: the base model; for text, the one the data was tokenised for.
+            metric: one of ``metrics.METRICS``.
+
+        Returns:
+            The task.
+
+        Raises:
+            DataError: if the folder is none of fetch's, or was fetched for another model.
+            ParamsError: if the metric is unknown or does not fit the labels.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if metrics.needs_regression(metric) != (manifest["classes"] is None):
+            labels = "decimal numbers" if manifest["classes"] is None else f"{len(manifest['classes'])} classes"
+            fitting = metrics.REGRESSION if manifest["classes"] is None else metrics.CLASSIFICATION
+            raise ParamsError(
+                f"tasks.{manifest['task']}.metric: '{metric}' does not fit labels that are {labels}; "
+                f"expected one of {', '.join(fitting)}"
+            )
+        for key, held in manifest.get("tokenizer", {}).items():
+            wanted = getattr(model, key, None)
+            if key != "pad" and wanted != held and not (key == "max_length" and wanted is None):
+                raise DataError(
+                    f"{folder}: tokenised for model.{key} {held}, not {wanted} as params.yaml has it now; {_FETCH}"
+                )
+        return cls(folder, manifest, model, metric)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of each fetched split."""
+        return {name: split["rows"] for name, split in self.manifest["splits"].items()}
+
+    def summary(self) -> dict[str, Any]:
+        """What a table must say of the data: source, digest, sizes, remarks, classes, the reported split.
+
+        Returns:
+            Plain values for JSON.
+        """
+        splits = self.manifest["splits"]
+        remarks = {name: split["remark"] for name, split in splits.items() if split["remark"]}
+        if "remark" in self.manifest.get("image", {}):
+            remarks["images"] = self.manifest["image"]["remark"]
+        return {
+            "source": self.manifest["source"],
+            "revision": self.manifest["revision"],
+            "digest": self.data_digest,
+            "rows": self.sizes,
+            "remarks": remarks,
+            "reported": self.reported,
+            "classes": len(self.classes) if self.classes else None,
+            "metric": self.metric,
+        }
+
+    def model(self, seed: int) -> nn.Module:
+        """Load the base model with a fresh head drawn with the seed (see ``pipeline.tasks.models.load_model``).
+
+        Returns:
+            The model in fp32 and eval mode, on the CPU.
+
+        Raises:
+            ModelError: if it is not to be had, or does not fit the data.
+        """
+        image = self.manifest.get("image")
+        model = load_model(
+            self._model,
+            kind=self.kind,
+            outputs=len(self.classes) if self.classes else 1,
+            seed=seed,
+            classes=self.classes,
+            channels=image["shape"][0] if image else 3,
+        )
+        self._check_fit(model)
+        return model
+
+    def _check_fit(self, model: nn.Module) -> None:
+        config: Any = getattr(model, "config", None)
+        if config is None:
+            return
+        if self.kind == "text":
+            split = self._split("train")
+            assert isinstance(split, TextSplit)
+            ids, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+            if ids is not None and split.largest_id >= ids:
+                raise ModelError(
+                    f"model.source: '{self.model_source}' knows {ids} token ids, its tokenizer gave {split.largest_id}"
+                )
+            if longest is not None and split.lengths.max() > longest:
+                raise ModelError(
+                    f"model.max_length: texts of {split.lengths.max()} tokens; '{self.model_source}' takes {longest}"
+                )
+            if config.pad_token_id is None:
+                config.pad_token_id = self.manifest["tokenizer"]["pad"]
+            return
+        shape = self.manifest["image"]["shape"]
+        size = getattr(config, "image_size", None)
+        wanted = [getattr(config, "num_channels", shape[0])] + (
+            [size, size] if isinstance(size, int) else shape[1:]
+        )
+        if wanted != shape:
+            raise ModelError(f"model.source: '{self.model_source}' takes images {wanted}; the data's are {shape}")
+
+    def rows(self, split: str) -> Rows:
+        """The rows of a split: of its own file, or of train for ``fit`` and ``tune``.
+
+        Returns:
+            int64, ascending.
+
+        Raises:
+            DataError: if there is no such split.
+        """
+        if split in ("fit", "tune"):
+            return self._tuning["fit tune".split().index(split)]
+        if split not in self.sizes:
+            raise DataError(f"{self._folder}: no split '{split}'; expected {', '.join(self.sizes)}, fit or tune")
+        return np.arange(self.sizes[split], dtype=np.int64)
+
+    @cached_property
+    def _tuning(self) -> tuple[Rows, Rows]:
+        self._split("train")
+        groups = np.arange(self.sizes["train"], dtype=np.int64) if self._groups is None else self._groups
+        return split_by_group(groups, TUNE, 0)
+
+    def batches(
+        self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0,
+        device: torch.device | None = None,
+    ) -> Batches:  # fmt: skip
+        """Cut a split into batches.
+
+        With a seed: one training epoch, every row once in an order that (seed, epoch) decides, texts of similar
+        length together, images augmented where the data set is trained so. Without: the rows in order, as they are.
+
+        Args:
+            split: its name.
+            batch_size: B; the last batch of an order may be smaller.
+            seed: of the order and the augmentation.
+            epoch: from 0.
+            device: where to make the batches; images are kept and augmented there.
+
+        Returns:
+            The batches, each made when asked for: text a mapping of int64 ``input_ids``, ``attention_mask``,
+            perhaps ``token_type_ids`` [B, T] and ``labels`` [B]; images (float32 [B, C, H, W], targets [B]).
+
+        Raises:
+            DataError: if there is no such split, or its file is not what fetch wrote.
+        """
+        data, rows = self._split(split), self.rows(split)
+        if seed is None:
+            return Batches(cut(rows, batch_size), lambda _, group: data.batch(group, device))
+        groups = shuffled(rows, batch_size, data.lengths, seed, epoch)
+        if isinstance(data, ImageSplit) and self.manifest["image"]["augment"] == cifar.AUGMENT:
+            return Batches(groups, partial(_augmented, data, device, seed, epoch))
+        return Batches(groups, lambda _, group: data.batch(group, device))
+
+    def examples(
+        self, count: int, batch_size: int, *, seed: int, skip: int = 0, split: str = "train",
+        device: torch.device | None = None,
+    ) -> Batches:  # fmt: skip
+        """Draw examples for scoring: never augmented, in a fixed order that the seed decides.
+
+        A draw of n begins with the draw of any m < n: ``examples(n, ..., skip=m)`` is the rest. Where the split has
+        fewer than ``count`` examples, all of them are drawn (``.examples`` says how many).
+
+        Args:
+            count: examples to draw.
+            batch_size: B.
+            seed: of the draw.
+            skip: leave out so many from the start of the draw.
+            split: what to draw from.
+            device: where to make the batches.
+
+        Returns:
+            The batches.
+
+        Raises:
+            DataError: if there is no such split, or its file is not what fetch wrote.
+        """
+        data, rows = self._split(split), self.rows(split)
+        drawn = rows[permutation(len(rows), seed, 3)][skip:count]
+        return Batches(cut(drawn, batch_size), lambda _, group: data.batch(group, device))
+
+    def evaluate(
+        self, model: nn.Module, split: str, batch_size: int,
+        device: torch.device | str | None = None, autocast: torch.dtype | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """Score a model on a split, in eval mode and without gradients.
+
+        Args:
+            model: on the device; left in the mode it was in.
+            split: its name.
+            batch_size: B; metrics do not depend on it.
+            device: where the model is; None finds out.
+            autocast: dtype of ``torch.autocast``, if any.
+
+        Returns:
+            ``self.metric`` first, what is usually shown beside it, and ``loss``, the mean over examples.
+
+        Raises:
+            DataError: if the split is missing or unlabelled.
+        """
+        data, rows = self._split(split), self.rows(split)
+        if not self.manifest["splits"].get(split, {"labelled": True})["labelled"]:
+            raise DataError(f"{self._folder}: split '{split}' has no labels to score against; use {self.reported}")
+        where = torch.device(device) if device is not None else next(model.parameters()).device
+        outputs: list[torch.Tensor] = []
+        targets: list[torch.Tensor] = []
+        losses: list[torch.Tensor] = []
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                for group in by_length(rows, batch_size, data.lengths):
+                    batch = to_device(data.batch(group, where), where)
+                    with torch.autocast(where.type, dtype=autocast, enabled=autocast is not None):
+                        result = outputs_of(model, batch)
+                    outputs.append(result.float())
+                    targets.append(targets_of(batch))
+                    losses.append(losses_from(outputs[-1], targets[-1]))
+        finally:
+            model.train(training)
+        labels = torch.cat(targets).cpu().numpy()
+        scores = metrics.score(self.metric, torch.cat(outputs).cpu().numpy(), labels)
+        return scores | {"loss": float(torch.cat(losses).double().mean())}
+
+    def _split(self, split: str) -> TextSplit | ImageSplit:
+        file = "train" if split in ("fit", "tune") else split
+        if file not in self._splits:
+            self.rows(file)
+            table = read_split(self._folder, file, self.manifest["splits"][file])
+            labels = None
+            if "label" in table.column_names:
+                labels = torch.from_numpy(table.column("label").to_numpy().copy())
+            if file == "train" and "group" in table.column_names:
+                self._groups = table.column("group").to_numpy()
+            if self.kind == "text":
+                self._splits[file] = TextSplit(table, labels, self.manifest["tokenizer"]["pad"])
+            else:
+                image = self.manifest["image"]
+                pixels = pixel_array(table.column("pixels").combine_chunks(), tuple(image["shape"]))
+                self._splits[file] = ImageSplit(pixels, labels, image["mean"], image["std"])
+        return self._splits[file]
+
+
+def _augmented(
+    data: ImageSplit, device: torch.device | None, seed: int, epoch: int, position: int, rows: Rows
+) -> Batch:
+    """One augmented batch: its draws depend on (seed, epoch, position), so that a resumed epoch goes on alike."""
+    drawn = int(np.random.SeedSequence((seed, epoch, position)).generate_state(1, np.uint64)[0] >> 1)
+    return data.batch(rows, device, partial(cifar.augment, seed=drawn))

@@ -1,0 +1,153 @@
+"""fetch(): bring a task's data into one normal form, checked, tokenised or decoded once.
+
+Each split's parquet has ``row`` (int64, its row in the source split), ``label`` (int64 classes or float32; absent where
+the split is unlabelled), for texts ``text``, ``text_pair``, ``input_ids``, ``token_type_ids``, for images ``pixels``
+(uint8 [C, H, W]), and ``group`` where rows belong together.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import DataError, ParamsError
+from pipeline.tasks.columns import encode_labels, text_column
+from pipeline.tasks.draws import permutation
+from pipeline.tasks.decode import decode
+from pipeline.tasks.image import pixel_array, pixel_column, statistics
+from pipeline.tasks.metrics import needs_regression
+from pipeline.tasks.raw import RawData, read_raw
+from pipeline.tasks.settings import DataSettings, ModelSettings
+from pipeline.tasks.store import FORMAT, VERSION, data_digest, write_manifest, write_split
+from pipeline.tasks.text import Tokenizer
+
+_LOSSY = {"JPEG", "WEBP"}
+_Columns = dict[str, pa.Array]
+
+
+def fetch(
+    task: str,
+    *,
+    kind: str,
+    data: DataSettings,
+    model: ModelSettings,
+    out: Path,
+    metric: str | None = None,
+    files: Mapping[str, Path | str] | None = None,
+) -> dict[str, Any]:
+    """Fetch one task's data into ``out``, an existing folder.
+
+    ``data.limit`` keeps the first so many rows of a shuffle with seed 0, in their old order: a smaller limit's
+    rows are among a larger one's.
+
+    Args:
+        task: its name.
+        kind: ``text`` or ``image``.
+        data: where from, which columns and rows.
+        model: whose tokenizer is used, for text.
+        out: where to write ``<split>.parquet`` and ``manifest.json``.
+        metric: the task's metric; it settles whether numbers are classes or regressed. None lets the label's
+            type decide: decimal numbers are regressed.
+        files: split -> file, in place of ``data.source``.
+
+    Returns:
+        The manifest: source, revision, licence, classes (None for regression), per split ``rows``, ``of`` (rows
+        before the limit), ``labelled``, ``remark`` and ``digest``, and one ``data_digest``.
+
+    Raises:
+        DataError: if the data is missing or does not fit.
+        ModelError: if the model has no tokenizer.
+        ParamsError: if a setting does not fit the data.
+        StorageError: if ``out`` cannot be written.
+    """
+    raw = read_raw(task, data, files)
+    regression = None if metric is None else needs_regression(metric)
+    known = raw.published
+    name = data.label or (known.label if known else "label")
+    labels, classes = encode_labels(raw.splits, name, known.classes if known else (), regression=regression)
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": task,
+        "kind": kind,
+        "source": ", ".join(f"{k}={v}" for k, v in files.items()) if files else data.source,
+        "revision": raw.revision,
+        "licence": raw.licence,
+        "classes": classes,
+    }
+    if kind == "text":
+        columns = _texts(task, data, model, raw, manifest)
+    elif kind == "image":
+        columns = _images(raw, manifest)
+    else:
+        raise ParamsError(f"tasks.{task}.kind: '{kind}'; expected text or image")
+    manifest["splits"] = {
+        split: _write(task, out, split, columns[split], labels[split], raw, data.limit) for split in raw.splits
+    }
+    manifest["data_digest"] = data_digest(manifest)
+    write_manifest(out, manifest)
+    return manifest
+
+
+def _texts(
+    task: str, data: DataSettings, model: ModelSettings, raw: RawData, manifest: dict[str, Any]
+) -> dict[str, _Columns]:
+    names = list(data.text or (raw.published.text if raw.published else ("text",)))
+    if len(names) not in (1, 2):
+        raise ParamsError(f"tasks.{task}.data.text: {len(names)} columns; expected one, or two for pairs of texts")
+    texts = {split: [text_column(part, name) for name in names] for split, part in raw.splits.items()}
+    tokenizer = Tokenizer(model)
+    manifest["tokenizer"] = tokenizer.settings
+    return {
+        split: dict(zip(("text", "text_pair"), columns, strict=False)) | tokenizer.columns(columns)
+        for split, columns in texts.items()
+    }
+
+
+def _images(raw: RawData, manifest: dict[str, Any]) -> dict[str, _Columns]:
+    pixels: dict[str, np.ndarray] = {}
+    lossy: set[str] = set()
+    for split, part in raw.splits.items():
+        if raw.shape:
+            pixels[split] = pixel_array(part.table.column("pixels").combine_chunks(), raw.shape)
+        else:
+            pixels[split], formats = decode(part)
+            lossy |= _LOSSY & set(formats.split("+"))
+        if pixels[split].shape[1:] != pixels["train"].shape[1:]:
+            raise DataError(
+                f"{part.where}: images are {list(pixels[split].shape[1:])} (C, H, W); "
+                f"expected {list(pixels['train'].shape[1:])} as in train"
+            )
+    mean, std = statistics(pixels["train"])
+    augment = raw.published.augment if raw.published else None
+    manifest["image"] = {"shape": list(pixels["train"].shape[1:]), "mean": mean, "std": std, "augment": augment}
+    if lossy:
+        manifest["image"]["remark"] = "+".join(sorted(lossy))
+    return {split: {"pixels": pixel_column(array)} for split, array in pixels.items()}
+
+
+def _write(
+    task: str, out: Path, split: str, columns: _Columns, labels: np.ndarray | None, raw: RawData,
+    limit: Mapping[str, int] | None,
+) -> dict[str, Any]:  # fmt: skip
+    of = raw.splits[split].table.num_rows
+    for name in limit or {}:
+        if name not in raw.splits:
+            raise ParamsError(f"tasks.{task}.data.limit: no split '{name}'; expected {', '.join(raw.splits)}")
+    rows = np.arange(of, dtype=np.int64)
+    remarks = [raw.splits[split].remark]
+    if limit and split in limit and limit[split] < of:
+        rows = np.sort(permutation(of, 0)[: limit[split]])
+        remarks.append(f"{len(rows)} of {of} rows")
+    content: dict[str, Any] = {"row": pa.array(rows)} | columns
+    if labels is not None:
+        content["label"] = pa.array(labels)
+    if raw.group:
+        content["group"] = raw.splits[split].table.column(raw.group).combine_chunks()
+    taken = pa.array(rows)
+    table = pa.table({name: array if name == "row" else array.take(taken) for name, array in content.items()})
+    digest = write_split(out, split, table)
+    remark = "; ".join(filter(None, remarks))
+    return {"rows": len(rows), "of": of, "labelled": labels is not None, "remark": remark, "digest": digest}

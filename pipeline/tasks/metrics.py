@@ -1,0 +1,89 @@
+"""How a task is scored, by scikit-learn and scipy.
+
+``accuracy_f1`` and ``pearson_spearman`` are GLUE's pairs: their value is the mean of the two.
+"""
+
+import numpy as np
+
+from pipeline.errors import ParamsError
+
+CLASSIFICATION = {
+    "accuracy": ("accuracy",),
+    "f1": ("f1", "accuracy"),
+    "matthews": ("matthews", "accuracy"),
+    "accuracy_f1": ("accuracy", "f1"),
+}
+REGRESSION = {
+    "pearson": ("pearson", "spearman"),
+    "spearman": ("spearman", "pearson"),
+    "pearson_spearman": ("pearson", "spearman"),
+}
+METRICS = (*CLASSIFICATION, *REGRESSION)
+
+
+def needs_regression(metric: str) -> bool:
+    """Tell what a metric compares: numbers, or classes.
+
+    Returns:
+        True for numbers.
+
+    Raises:
+        ParamsError: if there is no such metric.
+    """
+    if metric not in METRICS:
+        raise ParamsError(f"metric: '{metric}' is unknown; expected one of {', '.join(METRICS)}")
+    return metric in REGRESSION
+
+
+def score(metric: str, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Score a model's outputs.
+
+    ``f1`` is that of class 1 where there are two classes, and the mean over classes of more. ``matthews`` of one
+    predicted class, and the correlations of constant or non-finite outputs, are 0.
+
+    Args:
+        metric: one of ``METRICS``.
+        outputs: [N, C] logits; [N] or [N, 1] for regression.
+        labels: [N] int64 classes, or floats.
+
+    Returns:
+        ``metric``, and what else is usually shown beside it.
+
+    Raises:
+        ParamsError: if there is no such metric.
+    """
+    if needs_regression(metric):
+        parts = _correlations(outputs.reshape(-1).astype(np.float64), labels.astype(np.float64))
+        names = REGRESSION[metric]
+    else:
+        parts = _agreements(outputs.argmax(axis=1), labels, outputs.shape[1], CLASSIFICATION[metric])
+        names = CLASSIFICATION[metric]
+    scores = {name: parts[name] for name in names}
+    return scores if metric in scores else {metric: float(np.mean(list(scores.values())))} | scores
+
+
+def _correlations(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from scipy.stats import pearsonr, spearmanr
+
+    if not np.isfinite(predicted).all() or np.ptp(predicted) == 0 or np.ptp(labels) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {
+        "pearson": float(pearsonr(predicted, labels).statistic),
+        "spearman": float(spearmanr(predicted, labels).statistic),
+    }
+
+
+def _agreements(
+    predicted: np.ndarray, labels: np.ndarray, classes: int, names: tuple[str, ...]
+) -> dict[str, float]:
+    parts = {"accuracy": float(np.mean(predicted == labels))}
+    if "f1" in names:
+        from sklearn.metrics import f1_score
+
+        average = "binary" if classes == 2 else "macro"
+        parts["f1"] = float(f1_score(labels, predicted, average=average, zero_division=0))
+    if "matthews" in names:
+        from sklearn.metrics import matthews_corrcoef
+
+        parts["matthews"] = float(matthews_corrcoef(labels, predicted))
+    return parts

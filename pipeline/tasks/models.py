@@ -1,0 +1,204 @@
+"""Load base models and tokenizers: from a package, the hub or a folder, by safetensors only; or build one."""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import ModelError
+from pipeline.tasks import resnet
+from pipeline.tasks.settings import ModelSettings
+from pipeline.tasks.sources import hub_error, package_model, parse, prepare_hub
+
+_KEY = "model.source"
+_LAYOUT = "a folder in the hub's layout (config.json, model.safetensors, tokenizer.json)"
+
+
+def load_model(
+    model: ModelSettings,
+    *,
+    kind: str,
+    outputs: int,
+    seed: int,
+    classes: list[str] | None = None,
+    channels: int = 3,
+) -> nn.Module:
+    """Load a base model with an output layer for the task.
+
+    Tensors that the checkpoint lacks, or holds for another number of classes, are drawn anew with the seed, and
+    nothing else depends on it. torch's own generator is left as it was.
+
+    Args:
+        model: where it comes from.
+        kind: ``text`` (sequence classification) or ``image``.
+        outputs: classes, or 1 for regression.
+        seed: of what is drawn anew.
+        classes: their names; None for regression.
+        channels: of the images that a builtin model takes.
+
+    Returns:
+        The model in fp32 and eval mode, on the CPU.
+
+    Raises:
+        ModelError: if it cannot be found or loaded, or does not fit the task.
+    """
+    source = parse(model.source)
+    if source.kind == "builtin":
+        if kind != "image":
+            raise ModelError(f"{_KEY}: '{model.source}' is for images; expected a pretrained text model")
+        return resnet.build(source.name, channels, outputs, seed)
+    path = _locate(model)
+    if Path(path).is_dir():
+        _check_folder(Path(path))
+    with _hub_library(model, "a model"), torch.random.fork_rng(devices=[]):
+        import transformers
+
+        auto = "AutoModelForSequenceClassification" if kind == "text" else "AutoModelForImageClassification"
+        config = transformers.AutoConfig.from_pretrained(path, revision=model.revision)
+        config.num_labels = outputs
+        config.problem_type = "single_label_classification" if classes else "regression"
+        if classes:
+            config.id2label = dict(enumerate(classes))
+            config.label2id = {name: number for number, name in enumerate(classes)}
+        torch.manual_seed(seed)
+        network, report = getattr(transformers, auto).from_pretrained(
+            path, config=config, revision=model.revision, dtype=torch.float32, use_safetensors=True,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    _check_loaded(model, network, report, outputs)
+    return network.eval()
+
+
+def load_tokenizer(model: ModelSettings) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Returns:
+        A ``transformers`` tokenizer with a padding token (the end-of-text token, where it has none of its own).
+
+    Raises:
+        ModelError: if there is none to be had.
+    """
+    if parse(model.source).kind == "builtin":
+        raise ModelError(f"{_KEY}: '{model.source}' is for images; expected a pretrained text model")
+    path = _locate(model)
+    with _hub_library(model, "a tokenizer"):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{_KEY}: the tokenizer of '{model.source}' has no padding token; expected one")
+    return tokenizer
+
+
+def _locate(model: ModelSettings) -> str:
+    """The folder of a package's or folder's model, or the hub id."""
+    source = parse(model.source)
+    if source.kind == "package":
+        return str(package_model(source.name))
+    if source.kind == "hub":
+        return source.name
+    folder = Path(source.name).expanduser()
+    if not folder.is_dir():
+        raise ModelError(
+            f"{_KEY}: no folder '{source.name}'; expected package:NAME, builtin:NAME, a hub id (owner/name) or {_LAYOUT}"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{_KEY}: {folder} holds no config.json; expected {_LAYOUT}")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{_KEY}: {folder / 'config.json'} is no JSON ({error})") from None
+    return str(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if any((folder / name).is_file() for name in names):
+        return
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickled:
+        raise ModelError(
+            f"{_KEY}: {folder / pickled[0]} is a pickle, which can run any code and is never loaded; "
+            "expected model.safetensors, convert it with save_pretrained"
+        )
+    raise ModelError(f"{_KEY}: {folder} holds no model.safetensors; expected {_LAYOUT}")
+
+
+def _check_loaded(model: ModelSettings, network: nn.Module, report: dict[str, Any], outputs: int) -> None:
+    """Refuse a checkpoint that left more than an output layer to chance."""
+    sizes = {name: p.numel() for name, p in network.named_parameters()}
+    missing = sum(sizes.get(name, 0) for name in report.get("missing_keys", ()))
+    if 2 * missing > sum(sizes.values()):
+        raise ModelError(
+            f"{_KEY}: the weights of '{model.source}' lack {missing:,} of {sum(sizes.values()):,} parameters of its "
+            f"{type(network).__name__}; expected a checkpoint of that architecture"
+        )
+    for name, held, wanted in report.get("mismatched_keys", ()):
+        if not wanted or wanted[0] != outputs:
+            raise ModelError(
+                f"{_KEY}: tensor '{name}' of '{model.source}' is {list(held)}; its config.json makes it {list(wanted)}"
+            )
+
+
+@contextlib.contextmanager
+def _hub_library(model: ModelSettings, what: str) -> Iterator[None]:
+    """Import and run transformers in silence; whatever it raises is a ModelError of one line."""
+    hub = parse(model.source).kind == "hub"
+    if hub:
+        prepare_hub()
+    import transformers.utils.logging as chatter
+
+    before, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ModelError:
+        raise
+    except Exception as error:  # the library's own errors, and those of the files and formats beneath it
+        if hub:
+            way_out = "name a local folder or a package as the model's source"
+            raise hub_error(ModelError, _KEY, model.source, way_out, error) from error
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+        raise ModelError(f"{_KEY}: cannot load {what} from '{model.source}': {why}; expected {_LAYOUT}") from error
+    finally:
+        chatter.set_verbosity(before)
+        if bars:
+            chatter.enable_progress_bar()
+
+
+def save_model(network: nn.Module, model: ModelSettings, folder: Path) -> None:
+    """Write a model as a folder: the hub's layout with its tokenizer, or a builtin's ``model.safetensors``.
+
+    Raises:
+        ModelError: if the tokenizer of its source is not to be had.
+        StorageError: if the folder cannot be written.
+    """
+    from pipeline.errors import StorageError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not hasattr(network, "save_pretrained"):
+            from safetensors.torch import save
+
+            from pipeline.files import write_bytes
+
+            write_bytes(folder / "model.safetensors", save(dict(network.state_dict())))
+            return
+        with _hub_library(model, "a model"):
+            network.save_pretrained(folder)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot write the model: {error.strerror or error}") from None
+    if network.config.__class__.__module__.startswith("transformers") and getattr(
+        network.config, "vocab_size", None
+    ):
+        load_tokenizer(model).save_pretrained(folder)

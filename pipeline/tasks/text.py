@@ -1,0 +1,116 @@
+"""Texts: tokenised once when fetched, padded batch by batch when read.
+
+Shape legend: B examples, T tokens of the longest one in the batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline.errors import ParamsError
+from pipeline.tasks.draws import Rows
+from pipeline.tasks.models import load_tokenizer
+from pipeline.tasks.settings import ModelSettings
+
+FIELDS = ("input_ids", "token_type_ids")
+_UNLIMITED = 1_000_000  # transformers says "no limit" with 1e30
+_DEFAULT_LENGTH = 512
+
+
+class Tokenizer:
+    """Texts to token ids, special tokens included, cut to the model's length.
+
+    Attributes:
+        settings: what decides its output: the model's source and revision, ``max_length`` in tokens, ``pad``.
+    """
+
+    def __init__(self, model: ModelSettings) -> None:
+        """Load the model's tokenizer.
+
+        Raises:
+            ModelError: if there is none, or it has no padding token.
+            ParamsError: if ``max_length`` is more than it allows.
+        """
+        self._tokenizer = load_tokenizer(model)
+        limit = min(int(self._tokenizer.model_max_length), _UNLIMITED)
+        if model.max_length and model.max_length > limit:
+            raise ParamsError(
+                f"model.max_length: {model.max_length} tokens; '{model.source}' takes at most {limit}"
+            )
+        length = model.max_length or (limit if limit < _UNLIMITED else _DEFAULT_LENGTH)
+        self.settings: dict[str, Any] = {
+            "source": model.source,
+            "revision": model.revision,
+            "max_length": length,
+            "pad": int(self._tokenizer.pad_token_id),
+        }
+
+    def columns(self, texts: Sequence[pa.Array]) -> dict[str, pa.Array]:
+        """Tokenise one split.
+
+        Args:
+            texts: one or two string arrays of equal length; of a pair, the longer text is cut first.
+
+        Returns:
+            ``input_ids`` (list of int32) and, where the tokenizer has them, ``token_type_ids`` (list of int8).
+        """
+        encoded = self._tokenizer(
+            *(column.to_pylist() for column in texts),
+            truncation=True,
+            max_length=self.settings["max_length"],
+            padding=False,
+            return_attention_mask=False,
+        )
+        kinds = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
+        return {name: pa.array(encoded[name], kinds[name]) for name in FIELDS if name in encoded}
+
+
+class TextSplit:
+    """The token ids of one fetched split, ready to be cut into padded batches.
+
+    Attributes:
+        lengths: [N], tokens of each example.
+        largest_id: the largest token id.
+    """
+
+    def __init__(self, table: pa.Table, labels: Tensor | None, pad: int) -> None:
+        """Take the columns of a fetched table.
+
+        Args:
+            table: with ``input_ids``, perhaps ``token_type_ids``.
+            labels: [N] int64 or float32; None for an unlabelled split.
+            pad: the id that fills the end of shorter examples.
+        """
+        self._labels = labels
+        self._pad = pad
+        self._values: dict[str, np.ndarray] = {}
+        for name in FIELDS:
+            if name in table.column_names:
+                column = table.column(name).combine_chunks()
+                self._values[name] = column.values.to_numpy()
+                self._offsets = column.offsets.to_numpy().astype(np.int64)
+        self.lengths: Rows = np.diff(self._offsets)
+        self.largest_id = int(self._values["input_ids"].max(initial=0))
+
+    def batch(self, rows: Rows, device: torch.device | None = None) -> Mapping[str, Tensor]:
+        """Pad some examples to the longest of them.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids``, int64 [B, T]; ``labels`` [B] where the
+            split has them.
+        """
+        lengths = self.lengths[rows]
+        filled_BT = np.arange(lengths.max(initial=0))[None, :] < lengths[:, None]
+        batch: dict[str, Tensor] = {}
+        for name, values in self._values.items():
+            ids_BT = np.full(filled_BT.shape, self._pad if name == "input_ids" else 0, dtype=np.int64)
+            ids_BT[filled_BT] = np.concatenate([values[self._offsets[r] : self._offsets[r + 1]] for r in rows])
+            batch[name] = torch.from_numpy(ids_BT)
+        batch["attention_mask"] = torch.from_numpy(filled_BT.astype(np.int64))
+        if self._labels is not None:
+            batch["labels"] = self._labels[torch.from_numpy(rows)]
+        return {name: value.to(device, non_blocking=True) for name, value in batch.items()} if device else batch
