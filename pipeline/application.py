@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.deltas.delta import Delta
 from pipeline.errors import ModelError, ParamsError
 from pipeline.files import write_bytes
-from pipeline.tasks.sources import load_model, save_model
+from pipeline.tasks.saved import load_model, save_model
 
 
 def apply(delta_file: Path, base: str, out: Path) -> str:

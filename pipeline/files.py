@@ -3,7 +3,8 @@
 An artifact is a plain safetensors file, readable by any safetensors library::
 
     8 bytes   header length, little-endian
-    header    {"__metadata__":{"checksum":"<64 hex>","fishmask":"<JSON>"},"<section>":{dtype, shape, data_offsets},...}
+    header    {"__metadata__":{"checksum":"<64 hex>","fishmask":"<JSON>"},"<section>":{...},...}
+              a section's entry is {"dtype", "shape", "data_offsets"}
     data      the sections, widest dtype first, then by name: no holes, each aligned to its items
 
 ``fishmask`` is canonical JSON: format, version, meta, and each section's BLAKE2b-256. ``checksum`` is the
@@ -11,13 +12,11 @@ BLAKE2b-256 of length and header with its own 64 digits read as zeros. The same 
 Nothing is unpickled, and nothing is allocated before the file's real size and checksum vouch for it.
 """
 
-import errno
 import json
 import os
-import secrets
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from math import prod
@@ -27,7 +26,10 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from pipeline.errors import ArtifactError, ParamsError, StorageError
+from pipeline.atomic import replace_file
+from pipeline.canonical import canonical_json, strict_json
+from pipeline.canonical import plain_json as plain_json
+from pipeline.errors import ArtifactError, ParamsError
 from pipeline.parameters import tensor_bytes
 
 DTYPES = {
@@ -46,16 +48,6 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 1 << 24  # bytes; a header costs ~250 per section
 _START = b'{"__metadata__":{"checksum":"'
 _ZEROS = b"0" * 64
-_ADVICE = {
-    errno.ENOSPC: "free some space or choose another folder",
-    errno.EDQUOT: "free some space or choose another folder",
-    errno.EACCES: "choose a folder you may write to",
-    errno.EPERM: "choose a folder you may write to",
-    errno.EROFS: "choose a folder that is not read-only",
-    errno.ENOENT: "create the folder first",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
-    errno.EISDIR: "the path is a folder; name a file",
-}
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryview) -> None:
@@ -66,8 +58,8 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | bytearray | memoryvi
 
     Raises:
         StorageError: if the disk is full or the folder missing or not writable; no temporary file stays behind.
-    """
-    _replace(Path(path), [data])
+    """  # noqa: DOC502 - raised by what it calls
+    replace_file(Path(path), [data])
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -76,33 +68,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     Raises:
         ParamsError: if the value is no JSON (NaN and infinities are not).
         StorageError: if it cannot be written.
-    """
+    """  # noqa: DOC502 - raised by what it calls
     try:
         text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ParamsError(f"{path}: the value to write is no JSON ({error})") from None
     write_bytes(path, f"{text}\n".encode())
-
-
-def plain_json(value: Any, what: str) -> Any:
-    """Reduce a value to plain JSON data, as it will be read back from a file.
-
-    Args:
-        value: anything made of mappings with string keys, lists, strings, finite numbers, booleans and None.
-        what: its name in the error.
-
-    Returns:
-        A copy of dicts, lists and scalars.
-
-    Raises:
-        ParamsError: if the value is no JSON.
-    """
-    try:
-        return json.loads(canonical_json(dict(value) if isinstance(value, Mapping) else value))
-    except (TypeError, ValueError) as error:
-        raise ParamsError(
-            f"{what} is no JSON ({error}); use strings, finite numbers, lists and mappings"
-        ) from None
 
 
 def write_file(
@@ -128,7 +99,7 @@ def write_file(
     Raises:
         ParamsError: if meta is no JSON, or a section's dtype has no place in the format.
         StorageError: if the file cannot be written.
-    """
+    """  # noqa: DOC502 - raised by what it calls
     for name, tensor in sections.items():
         if tensor.dtype not in _NAMES or name == "__metadata__":
             raise ParamsError(f"{path}: section '{name}' of {tensor.dtype} cannot be stored")
@@ -154,7 +125,7 @@ def write_file(
     blank = struct.pack("<Q", len(text)) + text
     checksum = _checksum(blank).encode()
     header = blank[: 8 + len(_START)] + checksum + blank[8 + len(_START) + 64 :]
-    _replace(Path(path), (header if i == 0 else tensor_bytes(sections[n]) for i, n in enumerate(["", *order])))
+    replace_file(Path(path), (header if i == 0 else tensor_bytes(sections[n]) for i, n in enumerate(["", *order])))
     return len(header) + end
 
 
@@ -203,7 +174,7 @@ def format_of(path: str | os.PathLike[str]) -> str:
 
     Raises:
         ArtifactError: if the file is missing, foreign, or its header corrupt.
-    """  # noqa: DOC502 -- raised by what it calls
+    """  # noqa: DOC502 - raised by what it calls
     with _opened(path) as (file, size):
         return str(_about(path, _read_header(path, file, size)[0])["format"])
 
@@ -228,43 +199,6 @@ def _corrupt(path: str | os.PathLike[str], section: str, why: str) -> NoReturn:
 
 def _checksum(data: bytes | memoryview) -> str:
     return blake2b(data, digest_size=32).hexdigest()
-
-
-def canonical_json(value: Any) -> str:
-    """Write JSON in its one canonical form: keys sorted, no spaces, ASCII.
-
-    Returns:
-        The text.
-
-    Raises:
-        ValueError: if the value holds NaN or an infinity.
-    """  # noqa: DOC502 -- raised by json
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def strict_json(text: str) -> Any:
-    """Parse JSON strictly: no repeated key (two readers would see two files), no NaN, bounded depth.
-
-    Returns:
-        The data.
-
-    Raises:
-        ValueError: if the text is anything else.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("a key is repeated")
-        return result
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def _read_header(path: str | os.PathLike[str], file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
@@ -358,42 +292,7 @@ def _read_section(
         tensor = torch.empty(shape, dtype=dtype)
     except (RuntimeError, TypeError) as error:  # such as 0 elements of a shape whose strides overflow
         _corrupt(path, name, f"its shape {shape} makes no tensor ({str(error).splitlines()[0]})")
-    target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     if file.readinto(target) != len(target):  # type: ignore[attr-defined]
         _corrupt(path, name, "the file ends before it does")
     return tensor
-
-
-def _replace(path: Path, parts: Iterable[bytes | bytearray | memoryview]) -> None:
-    """Write parts to a temporary file beside ``path``, make it durable, and put it in the place of ``path``."""
-    temporary = path.parent / f".{path.name[:200]}.{secrets.token_hex(6)}.tmp"
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-        try:
-            with open(descriptor, "wb") as file:
-                if path.exists():
-                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "choose another folder")
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}; {advice}") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the file system knows how to."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.errors import ParamsError
+from pipeline.errors import ParamsError, StorageError
 
 _BATCH = 1000  # metrics in one log_batch call, MLflow's limit
 _PARAMS_BATCH = 100  # the same for params and tags
@@ -55,7 +55,7 @@ def workspace_root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / "params.yaml").is_file()), here)
 
 
-def store_uri(root: Path | None = None) -> str:
+def tracking_uri(root: Path | None = None) -> str:
     """Name the store.
 
     Args:
@@ -126,7 +126,7 @@ class Store:
 
 
 def connect(experiment: str) -> Store:
-    """Open the store and the experiment, one process at a time: a fresh database breaks under several.
+    """Open the store and the experiment.
 
     Args:
         experiment: its name; made, or undeleted, where needed.
@@ -134,22 +134,43 @@ def connect(experiment: str) -> Store:
     Returns:
         The open store. Whatever MLflow raises when it cannot be opened goes through.
     """
-    uri = store_uri()
+    uri = tracking_uri()
+    with _first_touch(uri):
+        client = open_client(uri)
+        return Store(client, _experiment(client, experiment, uri))
+
+
+@contextlib.contextmanager
+def _first_touch(uri: str) -> Iterator[None]:
+    """One process at a time: a fresh sqlite database breaks when several set it up together."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{database}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def open_client(uri: str) -> Any:
+    """Import MLflow, quietly and with its telemetry off, and open its client.
+
+    Args:
+        uri: the store.
+
+    Returns:
+        An ``MlflowClient``.
+    """
     _set_defaults()
     collecting = gc.isenabled()
     gc.disable()  # MLflow imports 1,300 modules and keeps them: collecting in between is a quarter of the time
     try:
-        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of MLflow's imports, not of this project
             from mlflow.tracking.client import MlflowClient
 
-            if uri.startswith("sqlite:///"):
-                database = Path(uri.removeprefix("sqlite:///"))
-                database.parent.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(f"{database}.lock", "w"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            client = MlflowClient(tracking_uri=uri)
-            return Store(client, _experiment(client, experiment, uri))
+            return MlflowClient(tracking_uri=uri)
     finally:
         if collecting:
             gc.enable()
@@ -210,9 +231,10 @@ def ui(root: Path | None = None, port: int = 5000, host: str = "127.0.0.1") -> i
 
     Raises:
         ParamsError: if the port is taken or the host cannot be listened on.
+        StorageError: if the store cannot be opened.
     """
     root = (root or project_root()).resolve()
-    uri = store_uri(root)
+    uri = tracking_uri(root)
     if uri.startswith("http"):
         print(f"The runs are on the server that MLFLOW_TRACKING_URI names: {uri}")
         return 0
@@ -223,7 +245,6 @@ def ui(root: Path | None = None, port: int = 5000, host: str = "127.0.0.1") -> i
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false"
     )  # six more processes, for features not used here
     os.environ["MLFLOW_TRACKING_URI"] = uri
-    connect("Default")  # a fresh store is made here, under the lock
     named = [f"[{name}]" if ":" in name else name for name in dict.fromkeys((host, *_LOOPBACK))]
     command = [
         sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--default-artifact-root",
@@ -231,6 +252,11 @@ def ui(root: Path | None = None, port: int = 5000, host: str = "127.0.0.1") -> i
         "--allowed-hosts", ",".join(f"{name}:{port}" for name in named),
     ]  # fmt: skip
     print(f"http://{named[0]}:{port}  starting (about 15 s); Ctrl-C ends it", flush=True)
+    try:
+        connect("Default")  # a fresh store is made here, under the lock
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise StorageError(f"{uri}: MLflow cannot open the store: {reason}") from None
     server = subprocess.Popen(command, cwd=root)
     try:
         return server.wait()

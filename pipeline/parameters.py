@@ -100,8 +100,19 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     Returns:
         A read-only view (of a CPU copy, where the tensor is elsewhere or not contiguous).
     """
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data.toreadonly()
+    return byte_view(tensor.detach().to("cpu")).numpy().data.toreadonly()
+
+
+def byte_view(tensor: Tensor) -> Tensor:
+    """View a tensor's values as bytes in row-major order.
+
+    Returns:
+        uint8 [bytes] on the tensor's device; a copy where the tensor is not contiguous.
+    """
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.numel() <= 1:  # contiguous whatever its stride, which may then not be 1 as the view needs it
+        flat = flat.as_strided(flat.shape, (1,))
+    return flat.view(torch.uint8)
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -132,10 +132,11 @@ def switch_profile(name: str, *, force: bool = False) -> None:
 
 def print_results() -> None:
     """Print the main table, where the report is, and how to open MLflow."""
-    from pipeline.reports.tables import main_table, read_metrics, rich_table
+    from pipeline.reports.results import load_results
+    from pipeline.reports.tables import main_table
 
     root = Workspace.here().root
-    Console().print(rich_table(main_table(read_metrics(root / "metrics"))))
+    Console().print(main_table(load_results(root / "metrics")).terminal())
     print(f"report: {root / 'reports' / 'index.html'}")
     print("runs:   fishmask ui   (MLflow on http://127.0.0.1:5000)")
 

@@ -24,10 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Interrupted, StorageError
-from pipeline.mlflow_store import Store, connect, project_root, store_uri, ui, uninterrupted, workspace_root
+from pipeline.mlflow_store import (
+    Store,
+    connect,
+    open_client,
+    project_root,
+    tracking_uri,
+    ui,
+    uninterrupted,
+    workspace_root,
+)
 from pipeline.provenance import dvc_tags, git_tags
 
-__all__ = ["Run", "Tracker", "project_root", "store_uri", "ui"]
+__all__ = ["Run", "Tracker", "project_root", "runs_of", "tracking_uri", "ui"]
 
 _FLUSH_POINTS = 500
 _FLUSH_SECONDS = 10.0
@@ -255,10 +264,34 @@ class Tracker:
                 try:
                     store = connect(self.experiment)
                 except Exception as error:
-                    _warn(f"{what}: MLflow at {store_uri()} failed; the run goes on without it: {_line(error)}")
+                    _warn(f"{what}: MLflow at {tracking_uri()} failed; the run goes on without it: {_line(error)}")
         run = Run(what, store)
         with run._opened(params, dict(tags) | identity, parent=None):
             yield run
+
+
+def runs_of(root: Path, tags: Mapping[str, str]) -> list[str]:
+    """Find runs by their tags, in every experiment.
+
+    Args:
+        root: the project's folder.
+        tags: what they must carry, such as ``{"stage": "train", "cell": "words-fish-main"}``.
+
+    Returns:
+        Their ids, the latest first; none, with a line on stderr, where the store cannot be read.
+    """
+    uri = tracking_uri(root)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        return []
+    try:
+        client = open_client(uri)
+        wanted = " AND ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        found = client.search_runs(experiments, wanted, order_by=["attributes.start_time DESC"])
+    except Exception as error:
+        _warn(f"MLflow at {uri} failed: {_line(error)}")
+        return []
+    return [run.info.run_id for run in found]
 
 
 def _clean(name: str, taken: dict[str, str]) -> str:

@@ -7,14 +7,13 @@ Writes ``reports/`` (tables as csv and md, figures as svg, one self-contained ``
 
 from pipeline.reports.page import write_report
 from pipeline.training.resume import fingerprint
-
 from stages.runner import Stage, main
 
 
 def run(stage: Stage) -> None:
     """Write the report of the whole project."""
     profile = stage.read("profile")
-    with stage.held(fingerprint(settings=stage.settings)) as run:
+    with stage.held(fingerprint(settings=stage.settings)):
         write_report(stage.workspace.root / "metrics", stage.work, profile)
 
 

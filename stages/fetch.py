@@ -2,21 +2,21 @@
 
     python -m stages.fetch words        # or: fishmask fetch --task words
 
-Writes ``artifacts/fetch/<task>/`` (one parquet file a split, tokenised once, and ``manifest.json``). Takes seconds for
-the embedded tasks; the hub's time otherwise.
+Writes ``artifacts/fetch/<task>/``: one parquet file a split, tokenised once, and ``manifest.json``. Takes
+seconds for the embedded tasks, the hub's time otherwise.
 """
 
-from pipeline.tasks.base import fetch
+from pipeline.tasks.fetch import fetch
 from pipeline.training.resume import fingerprint
-
 from stages.runner import Stage, main
 
 
 def run(stage: Stage) -> None:
     """Fetch ``stage.cell.task`` into the stage's output folder."""
     kind, data, model = stage.of_task("kind"), stage.of_task("data"), stage.of_task("model")
+    metric = stage.of_task("metric")
     with stage.held(fingerprint(cell=stage.cell, settings=stage.settings)):
-        manifest = fetch(stage.cell.task, kind=kind, data=data, model=model, out=stage.work)
+        manifest = fetch(stage.cell.task, kind=kind, data=data, model=model, metric=metric, out=stage.work)
         stage.record(**manifest)
 
 

@@ -6,29 +6,33 @@ Writes ``artifacts/mask/<task>-<method>-<setting>/seed-N/mask.safetensors``. Tak
 """
 
 from pipeline.masks.ranking import Ranking
+from pipeline.masks.select import STRATEGIES
 from pipeline.tasks.base import Task
-from pipeline.training.methods import mask_for, method_named
+from pipeline.training.methods import method_named
 from pipeline.training.resume import fingerprint
-
 from stages.runner import Stage, main
 
 
 def run(stage: Stage) -> None:
     """Cut the mask of one cell for every seed."""
     cell = stage.cell
-    ranked = method_named(cell.method).needs_ranking
+    method = method_named(cell.method or "")
     setting = stage.read(f"settings.{cell.setting}")
     density = setting.density or stage.of_task("density")
     head = stage.of_task("head")
-    examples = (setting.examples or stage.of_task("score.examples")[-1]) if ranked else None
+    examples = (setting.examples or stage.of_task("score.examples")[-1]) if method.needs_ranking else None
     task = Task.load(stage.input("fetch"), stage.of_task("model"), stage.of_task("metric"))
-    with stage.held(fingerprint(cell=cell, settings=stage.settings, data=task.data_digest)):
+    key = fingerprint(cell=cell, settings=stage.settings, data=task.data_digest)
+    with stage.held(key, data_digest=task.data_digest):
+        stage.record(examples=examples)
         for seed in stage.seeds:
             ranking = None
-            if ranked:
+            if examples:
                 ranking = Ranking.load(stage.input("score") / f"seed-{seed}" / f"examples-{examples}.safetensors")
-            model = task.model(seed)
-            mask = mask_for(cell.method, model, density=density, head=head, seed=seed, ranking=ranking)
+            mask = STRATEGIES[method.strategy](
+                task.model(seed), density=density, always=head, seed=seed, ranking=ranking
+            )
+            mask.info |= {"task": task.name, "method": cell.method, "setting": cell.setting, "seed": seed}
             size = mask.save(stage.folder(seed) / "mask.safetensors")
             layers = {name: {"count": mask.count(name), "numel": mask.index.numel(name)} for name in mask.index}
             stage.record(seed, nnz=mask.nnz, density=mask.density, bytes=size, digest=mask.digest, layers=layers)

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_json
-from pipeline.tracking import Run, Tracker
-
 from pipeline.errors import FishmaskError, ParamsError, StorageError
+from pipeline.files import write_json
 from pipeline.params import Params
 from pipeline.process import alone, end_with_parent, interruptible
+from pipeline.tracking import Run, Tracker
 from pipeline.workspace import Cell, Workspace
 
 
@@ -72,16 +71,17 @@ class Stage:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def input(self, stage: str, *parts: str) -> Path:
-        """The output folder of an earlier stage for this cell's task, method and setting, as far as given."""
-        return self.workspace.out(Cell(stage, self.cell.task, *parts))
+    def input(self, stage: str, *by: str) -> Path:
+        """The outputs of an earlier stage for this cell's task, and its ``method`` and ``setting`` where named."""
+        return self.workspace.out(Cell(stage, self.cell.task, *(getattr(self.cell, part) for part in by)))
 
     @contextlib.contextmanager
-    def held(self, fingerprint: str) -> Iterator[Run]:
+    def held(self, fingerprint: str, **tags: str) -> Iterator[Run]:
         """Own the cell: lock it, open its MLflow run, and at the end put its outputs and metrics in place.
 
         Args:
             fingerprint: identifies the inputs, so that a killed run is continued rather than repeated.
+            tags: more identity for MLflow, such as the data's digest.
 
         Yields:
             The cell's run in MLflow.
@@ -91,10 +91,9 @@ class Stage:
             _make_empty(self.work)
             started = time.monotonic()
             tracker = Tracker.open(experiment(self._params.profile), enabled=self._track)
-            tags = {k: v for k, v in vars(cell).items() if v} | {"cell": cell.name}
-            with tracker.cell(
-                cell.stage, cell.name, params=_flat(self.settings), tags=tags, fingerprint=fingerprint
-            ) as run:
+            tags = tags | {k: v for k, v in vars(cell).items() if v}
+            settings = _flat(self.settings)
+            with tracker.cell(cell.stage, cell.name, params=settings, tags=tags, fingerprint=fingerprint) as run:
                 yield run
                 seconds = time.monotonic() - started
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -124,9 +123,12 @@ class Stage:
             document["seeds"] = before.get("seeds", {}) | document.get("seeds", {})
         if "seeds" in document:
             document["seeds"] = dict(sorted(document["seeds"].items(), key=lambda item: int(item[0])))
-        write_json(self._metrics_file, document)
+        if self._record:
+            self._metrics_file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._metrics_file, document)
         timing = {"seconds": round(seconds, 3), "peak_rss_mib": round(peak, 1)} | self._timing
         if not self._private:
+            self.workspace.timing(cell).parent.mkdir(parents=True, exist_ok=True)
             write_json(self.workspace.timing(cell), timing)
 
 

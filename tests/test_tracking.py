@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from pipeline.errors import Interrupted, ParamsError, StorageError
 from pipeline.mlflow_store import connect, ui
 from pipeline.provenance import dvc_tags, git_tags
-from pipeline.tracking import Tracker, project_root, store_uri
+from pipeline.tracking import Tracker, project_root, runs_of, tracking_uri
 
 REPOSITORY = Path(__file__).parent.parent
 WORKER = """
@@ -326,11 +326,27 @@ def test_large_or_foreign_files_are_refused(project):
 
 
 def test_the_root_is_the_real_project_under_dvc_and_the_users_uri_wins(project, monkeypatch):
-    assert project_root() == project and store_uri() == f"sqlite:///{project}/mlflow.db"
+    assert project_root() == project and tracking_uri() == f"sqlite:///{project}/mlflow.db"
     monkeypatch.setenv("DVC_ROOT", str(project / "real"))
-    assert store_uri() == f"sqlite:///{project}/real/mlflow.db"
+    assert tracking_uri() == f"sqlite:///{project}/real/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
-    assert store_uri() == "http://tracking:5000"
+    assert tracking_uri() == "http://tracking:5000"
+
+
+def test_runs_are_found_by_their_tags_in_every_experiment(project, capfd):
+    with opened("f", "one") as first, first.child(0):
+        pass
+    with Tracker.open("other").cell("train", "one", params={}, tags={}, fingerprint="g") as second:
+        pass
+    with opened("h", "two"):
+        pass
+    assert runs_of(project, {"level": "cell", "cell": "one"}) == [second.run_id, first.run_id]
+    assert runs_of(project / "nowhere", {"cell": "one"}) == []
+    assert not (project / "nowhere").exists()
+    (project / "mlflow.db").write_text("this is no database" * 100)
+    shutil.copytree(project, project / "broken", ignore=shutil.ignore_patterns("broken"))
+    assert runs_of(project / "broken", {"cell": "one"}) == []
+    assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_git_tags_tell_a_dirty_tree_but_not_from_the_pipelines_own_outputs(tmp_path):
@@ -387,3 +403,10 @@ def test_ui_refuses_a_taken_port_and_leaves_a_remote_server_alone(project, monke
             ui(project, taken.getsockname()[1])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert ui(project) == 0 and "http://tracking:5000" in capsys.readouterr().out
+
+
+def test_ui_says_in_one_line_that_a_store_is_broken(project):
+    (project / "mlflow.db").write_text("this is no database" * 100)
+    with pytest.raises(StorageError, match="cannot open the store") as caught:
+        ui(project, 0)
+    assert "\n" not in str(caught.value)

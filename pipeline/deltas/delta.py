@@ -182,7 +182,7 @@ class Delta:
             if self._unlike(target) is not None:
                 raise MismatchError(self.known.difference(digests, self._whole))
             undo = self.undo_for(target)
-            if undo is None or not self.known.is_of(self._reverted(target, undo, digests), self._whole):
+            if undo is None or not self.known.is_of(self._reverted(target, undo), self._whole):
                 raise MismatchError("the model holds this delta's values already; apply it to its base")
             return
         undo = Undo({name: target.read(name, self.at(name)) for name in self.values}, _copies(target.buffers))
@@ -210,7 +210,7 @@ class Delta:
                 "without keep_base=True; load the base instead"
             )
         self.check_held(target)
-        digests = self._reverted(target, undo, target.digests())
+        digests = self._reverted(target, undo)
         if not self.known.is_of(digests, self._whole):
             raise MismatchError(f"with the delta taken out, {self.known.difference(digests, self._whole)}")
         write_all(self._writes(target, undo.values, undo.buffers))
@@ -327,11 +327,9 @@ class Delta:
                 return f"buffer '{name}'"
         return None
 
-    def _reverted(self, target: Target, undo: Undo, digests: Mapping[str, str]) -> dict[str, str]:
+    def _reverted(self, target: Target, undo: Undo) -> dict[str, str]:
         """Digests of the parameters as they would be with ``undo`` written."""
-        touched = [name for name, values in undo.values.items() if values.numel()]
-        changed = {n: tensor_digest(target.changed(n, self.at(n), undo.values[n])) for n in touched}
-        return {**digests, **changed}
+        return target.digests({name: (self.at(name), v) for name, v in undo.values.items() if v.numel()})
 
     def _writes(self, target: Target, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> list[Write]:
         writes = [w for name, v in values.items() if v.numel() for w in target.writes(name, self.at(name), v)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import MismatchError
-from pipeline.parameters import Shape, put_, take, tensor_digest, unwrapped
+from pipeline.parameters import Shape, byte_view, put_, take, tensor_digest, unwrapped
 
 Model = nn.Module | Mapping[str, Tensor]
 Write = tuple[Tensor, Tensor | None, Tensor]  # tensor, coordinates (None: all), new values [count]
@@ -131,8 +131,11 @@ class Target:
         """
         return [(self.buffers[n], None, b.reshape(-1).to(self.buffers[n].device)) for n, b in buffers.items()]
 
-    def digests(self) -> dict[str, str]:
-        """Digest every parameter.
+    def digests(self, replaced: Mapping[str, tuple[Tensor | None, Tensor]] | None = None) -> dict[str, str]:
+        """Digest every parameter, as it is or as it would be.
+
+        Args:
+            replaced: name -> CPU coordinates (None: all) and the values [count] to imagine there.
 
         Returns:
             name -> ``tensor_digest``.
@@ -143,17 +146,20 @@ class Target:
         for name, copies in self.copies.items():
             if not all(same_bits(self.parameters[name], copy) for copy in copies):
                 raise MismatchError(f"tied tensor '{name}' has different values under its several names")
-        return {name: tensor_digest(tensor) for name, tensor in self.parameters.items()}
+        imagined = replaced or {}
+        return {
+            name: tensor_digest(self.changed(name, *imagined.get(name, (None, None)))) for name in self.parameters
+        }
 
     def changed(self, name: str, coordinates: Tensor | None, values: Tensor | None) -> Tensor:
-        """Copy a parameter with other values at CPU coordinates (None: all); None as values changes nothing.
+        """Take a parameter with other values at CPU coordinates (None: all); None as values changes nothing.
 
         Returns:
-            A CPU tensor in the parameter's dtype and shape.
+            The parameter itself where nothing changes, else a CPU tensor in its dtype and shape.
         """
         tensor = self.parameters[name].detach()
         if values is None:
-            return tensor.cpu()
+            return tensor
         if coordinates is None:
             return values.reshape(tensor.shape)
         copy = tensor.to("cpu", copy=True)
@@ -183,8 +189,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(a, b)
+    return torch.equal(byte_view(a.cpu()), byte_view(b.cpu()))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -129,7 +129,7 @@ class Scorer:
         """Add the scores of a batch of ``size`` examples."""
         calls, root, graph = self._forward(batch, size)
         seeds = self.objective.seeds(root, batch)
-        plan = self._plan(batch, size, calls, root, graph)
+        plan = None if graph.reentrant else self._plan(batch, size, calls, root, graph)
         del calls  # the plan keeps what it needs; layer inputs can go as the backward passes them
         if plan is None:
             self.routes = dict.fromkeys(self.parameters, "whole")
@@ -171,7 +171,7 @@ class Scorer:
         single = Single.of(alone, alone_graph, self.parameters)
         plan = self.planner.plan(calls, graph, single, size, self.scores)
         once = alone.once()
-        pairs = [(layout.part(a, n), once[name].inputs[0].detach()) for name, (a, layout) in plan.checks.items()]
+        pairs = [(layout.part(a, n), once[name].inputs[0].detach()) for name, a, layout in plan.checks]
         offset = 1 if self.objective.kind == "label" else 0  # a loss near zero carries the rounding of its logits
         pairs.append((root.detach()[n : n + 1] + offset, alone_root.detach() + offset))
         if not all(close(x, y) for x, y in pairs):
@@ -199,8 +199,7 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             model.eval()
-            with torch.set_grad_enabled(True):
-                yield
+            yield
         finally:
             for module, mode in modes.items():
                 module.training = mode

@@ -69,14 +69,14 @@ class Plan:
         replays: modules to run again.
         whole: names whose scores take the whole model, one example at a time.
         routes: name -> its way: "rule", "lift", "replay <module>", "whole" or "unused".
-        checks: module -> (its argument, where the examples are), for comparing with a single example.
+        checks: (module, its argument, where the examples are), for comparing with a single example.
     """
 
     taps: dict[Edge, list[Handler]] = field(default_factory=dict)
     replays: list[Replay] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     routes: dict[str, str] = field(default_factory=dict)
-    checks: dict[str, tuple[Tensor, Layout]] = field(default_factory=dict)
+    checks: list[tuple[str, Tensor, Layout]] = field(default_factory=list)
 
     def tap(self, edge: Edge, handler: Handler) -> None:
         """Have ``handler`` called with the gradient at ``edge`` of every backward pass."""
@@ -234,8 +234,9 @@ class Planner:
             edge = lift.edge
         plan.tap(edge, handler)
         plan.routes.update(dict.fromkeys(names.values(), "rule"))
-        if layout is not None and size > 1:
-            plan.checks[call.name] = a, layout
+        # Several layers may read one tensor, as queries, keys and values do; once is enough.
+        if layout is not None and size > 1 and not any(a.data_ptr() == other.data_ptr() for _, other, _ in plan.checks):
+            plan.checks.append((call.name, a, layout))
 
     def _enclosing(
         self, name: str, once: Mapping[str, Call], graph: Graph, single: Single, size: int

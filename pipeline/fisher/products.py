@@ -9,7 +9,6 @@ Shape legend: B examples, T positions, O outputs, I inputs, P pairs of positions
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -117,13 +116,12 @@ def _pairs(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> bool:
     """
     size, positions, outputs = g_BTO.shape
     inputs = a_BTI.shape[2]
-    first, second, weight = _pair_index(positions)
+    pairs = positions * (positions + 1) // 2
     total_OI = torch.zeros_like(into_OI)
-    bytes_each = len(first) * (outputs + inputs) * 2 * into_OI.element_size()
+    bytes_each = pairs * (outputs + inputs) * into_OI.element_size()
     for group in work.groups(size, bytes_each):
-        g, a = g_BTO[group], a_BTI[group]
-        g_PO = (g[:, first] * g[:, second] * weight.to(g.dtype)[:, None]).reshape(-1, outputs)
-        a_PI = (a[:, first] * a[:, second]).reshape(-1, inputs)
+        g_PO = _pair_products(g_BTO[group], 2.0).view(-1, outputs)
+        a_PI = _pair_products(a_BTI[group], 1.0).view(-1, inputs)
         total_OI.addmm_(g_PO.t(), a_PI)
     bound_OI = g_BTO.abs().sum(1).square_().t() @ a_BTI.abs().sum(1).square_()
     # eps · bound is the order of the error; 100 · eps in fp32 is a tenth of the 1e-4 that CORRECTNESS 3 allows.
@@ -133,7 +131,20 @@ def _pairs(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> bool:
     return True
 
 
-@lru_cache
-def _pair_index(positions: int) -> tuple[list[int], list[int], Tensor]:
-    pairs = [(s, t) for s in range(positions) for t in range(s, positions)]
-    return [s for s, _ in pairs], [t for _, t in pairs], torch.tensor([1.0 if s == t else 2.0 for s, t in pairs])
+def _pair_products(x_BTD: Tensor, weight: float) -> Tensor:
+    """Multiply positions s ≤ t with each other; ``weight`` times, where s < t.
+
+    Returns:
+        [B, P, D], ordered by the distance t - s.
+    """
+    size, positions, features = x_BTD.shape
+    products = x_BTD.new_empty(size, positions * (positions + 1) // 2, features)
+    torch.mul(x_BTD, x_BTD, out=products[:, :positions])
+    start = positions
+    for distance in range(1, positions):
+        stop = start + positions - distance
+        torch.mul(x_BTD[:, distance:], x_BTD[:, :-distance], out=products[:, start:stop])
+        start = stop
+    if weight != 1 and positions > 1:
+        products[:, positions:].mul_(weight)
+    return products

@@ -119,6 +119,7 @@ class Graph:
         consumers: node -> (consumer, which of the consumer's inputs, which of the node's outputs), in no order.
         leaves: id of a leaf tensor -> its node.
         opaque: whether Python autograd functions are in it, which may hide further uses of parameters.
+        reentrant: whether one of them is reentrant checkpointing, which supports nothing but a full ``backward``.
         selects: whether rows are selected by index, so that shapes may depend on the data.
     """
 
@@ -127,6 +128,7 @@ class Graph:
         self.consumers: defaultdict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
         self.leaves: dict[int, Node] = {}
         self.opaque = False
+        self.reentrant = False
         self.selects = False
         if root.grad_fn is not None:
             self._walk(root.grad_fn)
@@ -156,6 +158,7 @@ class Graph:
             self.leaves[id(variable)] = node
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
             self.opaque = True
+            self.reentrant |= node.name().startswith("CheckpointFunction")
         elif any(word in node.name() for word in ("Index", "Mask", "Gather", "Scatter", "Nonzero")):
             self.selects = True
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.canonical import canonical_json, strict_json
 from pipeline.errors import ArtifactError
-from pipeline.files import canonical_json, strict_json
 from pipeline.masks import rice, stairs
 from pipeline.parameters import ParameterIndex
 
@@ -30,7 +30,7 @@ _WORTH = 64  # bits a tensor must save to get a Rice stream of another parameter
 
 class _Stream(NamedTuple):
     coder: str
-    count: int
+    held: int  # coordinates
     code: bytes
 
 
@@ -60,7 +60,7 @@ def encode(
         "names": list(index),
         "shapes": [list(shape) for shape in index.shapes.values()],
         "coders": [coders[name] or coding[name] for name in index],
-        "streams": [[s.coder, s.count, len(s.code)] for s in streams],
+        "streams": [[s.coder, s.held, len(s.code)] for s in streams],
     }
     return {
         TABLE: _section(stairs.squeeze(canonical_json(table).encode())),

@@ -4,8 +4,6 @@ Density is chosen / all trainable parameters, tied weights once, head included.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from decimal import ROUND_CEILING, Context, Decimal
-from fractions import Fraction
 from functools import cached_property
 from hashlib import blake2b
 from math import prod
@@ -17,69 +15,15 @@ import torch
 from torch import Tensor
 
 from pipeline import files
+from pipeline.canonical import plain_json
 from pipeline.errors import ArtifactError, MismatchError, ParamsError
 from pipeline.masks import codec
+from pipeline.masks.budget import split_budget
 from pipeline.masks.topk import top_coordinates
-from pipeline.parameters import ParameterIndex
+from pipeline.parameters import ParameterIndex, tensor_bytes
 
 FORMAT = "fishmask-mask"
 VERSION = 1
-
-
-def budget(density: float, total: int) -> int:
-    """Count the parameters a density stands for: k = floor(density · n), n = ``total``.
-
-    The density is taken as the decimal number it is written as: 0.29 of 100 is 29, although the binary float
-    nearest to 0.29 lies below it and 0.29 * 100 is 28.999999999999996.
-
-    Returns:
-        k, between 1 and n.
-
-    Raises:
-        ParamsError: if the density is no number in (0, 1], or chooses nothing.
-    """
-    number = float(density)
-    if isinstance(density, bool) or not 0.0 < number <= 1.0:
-        raise ParamsError(f"density is {density}; expected a number above 0 and at most 1 (0.005 = 0.5 %)")
-    k = int(Fraction(repr(number)) * total)
-    if k == 0:
-        raise ParamsError(
-            f"density {number} of {total} parameters chooses none; the least is {_at_least(1, total)}"
-        )
-    return k
-
-
-def _at_least(count: int, total: int) -> str:
-    """Write the least density of three digits that chooses ``count`` of ``total``."""
-    if count >= total:
-        return "1"
-    return f"{Context(prec=3, rounding=ROUND_CEILING).divide(Decimal(count), Decimal(max(total, 1))):f}"
-
-
-def split_budget(index: ParameterIndex, density: float, always: Sequence[str]) -> tuple[list[str], int]:
-    """Split the budget of a density into the head, always on, and the rest.
-
-    Args:
-        index: the parameters.
-        density: chosen / all, head included.
-        always: the head's module names, matched module by module.
-
-    Returns:
-        The names of the head's tensors, and how many other coordinates may be chosen: k - head.
-
-    Raises:
-        ParamsError: if the density is out of range or smaller than the head.
-        MismatchError: if a module name matches nothing.
-    """
-    head = index.within(always)
-    size = sum(index.numel(name) for name in head)
-    k = budget(density, index.total)
-    if size > k:
-        raise ParamsError(
-            f"the head ({', '.join(always)}: {size} parameters) is larger than the budget of {k} "
-            f"(density {float(density)} of {index.total}); use a density of at least {_at_least(size, index.total)}"
-        )
-    return head, k - size
 
 
 class Coordinates(Mapping[str, Tensor]):
@@ -123,7 +67,7 @@ class Mask:
         self, index: ParameterIndex, indices: Mapping[str, Tensor], info: Mapping[str, Any] | None = None
     ) -> None:
         self.index = index
-        self.info: dict[str, Any] = files.plain_json(info or {}, "info of a mask")
+        self.info: dict[str, Any] = plain_json(info or {}, "info of a mask")
         unknown = [name for name in indices if name not in index]
         if unknown:
             raise MismatchError(f"mask names tensor '{unknown[0]}', which the parameters do not have")
@@ -204,7 +148,7 @@ class Mask:
             ParamsError: if a score is NaN, infinite or negative, the density is out of range, or the head alone
                 is larger than the budget.
             MismatchError: if a module name in ``always`` matches nothing.
-        """
+        """  # noqa: DOC502 - raised by what it calls
         index = ParameterIndex({name: score.shape for name, score in scores.items()})
         head, rest = split_budget(index, density, always)
         skip = set(head)
@@ -250,7 +194,7 @@ class Mask:
         for name, shape in sorted(self.index.shapes.items()):
             state.update(f"{len(name)} {name} {list(shape)} {self.count(name)}\n".encode())
             if not self.whole(name):
-                state.update(self.indices[name].numpy().astype("<i8", copy=False))
+                state.update(tensor_bytes(self.indices[name]))
         return state.hexdigest()
 
     def to_bool(self) -> dict[str, Tensor]:
@@ -274,7 +218,7 @@ class Mask:
 
         Raises:
             StorageError: if the file cannot be written.
-        """  # noqa: DOC502 -- raised by files
+        """  # noqa: DOC502 - raised by files
         meta = {"digest": self.digest, "info": self.info, "nnz": self.nnz, "total": self.index.total}
         return files.write_file(path, format=FORMAT, version=VERSION, meta=meta, sections=self.pack())
 
@@ -357,7 +301,7 @@ class Mask:
 
         Raises:
             MismatchError: if the masks are of different parameters.
-        """
+        """  # noqa: DOC502 - raised by what it calls
         least = min(self.nnz, other.nnz)
         return (self & other).nnz / least if least else float(self == other)
 
@@ -369,7 +313,7 @@ class Mask:
 
         Raises:
             MismatchError: if the masks are of different parameters.
-        """
+        """  # noqa: DOC502 - raised by what it calls
         both = (self & other).nnz
         either = self.nnz + other.nnz - both
         return both / either if either else 1.0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pipeline import files
 from pipeline.errors import ArtifactError, ParamsError
-from pipeline.masks.mask import Mask, budget, split_budget
+from pipeline.masks.budget import budget, split_budget
+from pipeline.masks.mask import Mask
 from pipeline.masks.topk import top_coordinates
 from pipeline.parameters import ParameterIndex, tensor_bytes
 
@@ -68,7 +69,7 @@ class Ranking:
         Raises:
             ParamsError: if a score is NaN, infinite or negative, or keep is out of range.
             MismatchError: if a module name in ``always`` matches nothing.
-        """  # noqa: DOC502 -- raised by what it calls
+        """  # noqa: DOC502 - raised by what it calls
         flat = {name: s.float() if s.dtype == torch.float64 else s for name, s in scores.items()}
         mask = Mask.top_k(flat, keep, info=info)
         mask.index.within(always)
@@ -122,7 +123,7 @@ class Ranking:
         Raises:
             ParamsError: if the density is above ``keep``, out of range, or smaller than the head.
             MismatchError: if a module name matches nothing.
-        """  # noqa: DOC502 -- raised by split_budget
+        """  # noqa: DOC502 - raised by split_budget
         if budget(density, self.index.total) > self.nnz:
             raise ParamsError(
                 f"density {density} is above the {self.keep} that the ranking keeps; score with more"
@@ -142,7 +143,7 @@ class Ranking:
 
         Raises:
             StorageError: if the file cannot be written.
-        """  # noqa: DOC502 -- raised by files
+        """  # noqa: DOC502 - raised by files
         meta = {
             "digest": self.digest,
             "keep": self.keep,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ParamsError
-from pipeline.masks.mask import Mask, split_budget
+from pipeline.masks.budget import split_budget
+from pipeline.masks.mask import Mask
 from pipeline.masks.ranking import Ranking
 from pipeline.masks.topk import top_coordinates
 from pipeline.parameters import ParameterIndex
@@ -59,6 +60,9 @@ def _draw(count: int, total: int, generator: torch.Generator) -> np.ndarray:
 
     The first distinct values of independent uniform draws are a uniform set; above one half its complement is
     drawn, so that few draws repeat.
+
+    Returns:
+        int64 [count], increasing.
     """
     if 2 * count > total:
         return np.delete(np.arange(total), _draw(total - count, total, generator))

@@ -123,6 +123,9 @@ def _check(name: str, chunk: Tensor) -> float:
 
     Returns:
         The largest score of the chunk.
+
+    Raises:
+        ParamsError: if one is NaN, infinite or negative.
     """
     if chunk.device.type == "cpu":
         array = chunk.numpy()
@@ -161,6 +164,8 @@ def _kth_by_bits(source: _Scores, k: int) -> tuple[float, int]:
     Returns:
         The k-th largest score, and how many scores equal to it belong to the k largest.
     """
+    if k == 0:
+        return float("inf"), 0
     width, integer = (32, torch.int32) if source.dtype == torch.float32 else (64, torch.int64)
     prefix, wanted = 0, k
     for shift in range(width - _DIGIT, -1, -_DIGIT):

@@ -131,7 +131,7 @@ def _summary(results: Results, task: str) -> str:
     fish = results.main(task, "fish")
     if fish is None or not fish.values:
         scored = sum(bool(cell.values) for cell in results.cells.values() if cell.task == task)
-        return f"On {task} fish has no score yet ({scored} other cells have)."
+        return f"On {task} fish has no score yet; cells that have one: {scored}."
     count = len(fish.values)
     trained = "" if fish.density is None else f" trains {percent(fish.density)} of the parameters and"
     text = f"On {task} ({metric_title(fish.metric)}) fish{trained} reaches {score_text(fish)}"

@@ -9,6 +9,7 @@ import numpy as np
 _EXACT = 5  # up to n = 5 all n^n resamples are enumerated; above, drawn with a fixed seed
 _RESAMPLES = 10_000
 _LEVEL = 0.95
+_ROUNDING = 1e-12  # differences of equal scores differ by rounding: no spread to test with
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -58,7 +59,7 @@ def paired_p(values: Sequence[float]) -> float | None:
         p; None for fewer than two values or without any spread.
     """
     centre, deviation = mean(values), spread(values)
-    if centre is None or not deviation:
+    if centre is None or deviation is None or deviation <= _ROUNDING * abs(centre):
         return None
     from scipy.stats import t  # a second to import, and most reports ask for it once
 

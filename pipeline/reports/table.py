@@ -81,11 +81,10 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        view = RichTable(
-            title=self.title, caption="\n".join(self.notes), box=box.SIMPLE_HEAD, caption_justify="left"
-        )
+        view = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
+        view.title, view.caption = Text(self.title), Text("\n".join(self.notes))
         for i, column in enumerate(self.columns):
-            view.add_column(column, justify="left" if i < self.words else "right", no_wrap=True)
+            view.add_column(Text(column), justify="left" if i < self.words else "right", no_wrap=True)
         for row, after in zip(self.rows, [*self.rows[1:], None], strict=True):
             texts = [Text(entry.text, style="bold" if entry.bold else "") for entry in row]
             view.add_row(*texts, end_section=after is not None and after[0].text != row[0].text)

@@ -44,7 +44,7 @@ def main_table(results: Results) -> Table:
                 Entry(_text(cell and cell.lr, "{:g}".format)),
             ))
             records.append(_record(cell, task, method, "main"))
-    columns = ("task", "method", "score", "seeds", "trained", "artifact", "dense checkpoint", "lr")
+    columns = ("task", "method", "score", "seeds", "trained", "artifact", "dense file", "lr")
     notes = (*_notes(_cells(results, "main")), *_bold_notes(results))
     return Table(
         "main", "Main result: score after training only the mask", columns, tuple(rows), tuple(records), notes
@@ -253,7 +253,11 @@ def _record(cell: Cell | None, task: str, method: str, setting: str) -> dict[str
         | {"seeds_diverged": len(cell.diverged), "nnz": cell.nnz, "parameters": cell.parameters}
         | {"density": cell.density, "scored_examples": cell.examples, "lr": cell.lr}
         | {"artifact_bytes": cell.delta_bytes, "dense_bytes": cell.dense_bytes}
-        | {"data_remark": cell.data.get("remark"), "data_digest": cell.data.get("digest")}
+        | {
+            "data_source": cell.data.get("source"),
+            "data_remark": remark_text(cell),
+            "data_digest": cell.data.get("digest"),
+        }
         | rows
         | scores
     )
@@ -281,12 +285,26 @@ def _notes(cells: Sequence[Cell], *, spread: bool = True) -> list[str]:
 
 
 def data_text(cell: Cell) -> str:
-    """``measured on 3,000 train and 1,400 validation rows; <remark>``."""
-    rows = " and ".join(f"{count:,} {split}" for split, count in (cell.data.get("rows") or {}).items())
-    remark = str(cell.data.get("remark") or "").strip().rstrip(".")
-    return "; ".join(
-        part for part in (f"measured on {rows} rows" if rows else "rows not recorded", remark) if part
-    )
+    """``scored on 1,438 validation rows, trained on 3,000 train rows; <source> <revision>; <remarks>``."""
+    rows: dict[str, int] = dict(cell.data.get("rows") or {})
+    parts = []
+    scored = cell.data.get("reported", "validation")
+    if scored in rows:
+        parts.append(f"scored on {rows[scored]:,} {scored} rows")
+    if scored in rows and "train" in rows and scored != "train":
+        parts[0] += f", trained on {rows['train']:,} train rows"
+    if source := cell.data.get("source"):
+        parts.append(" ".join(str(part) for part in (source, cell.data.get("revision")) if part))
+    if remark := remark_text(cell):
+        parts.append(remark)
+    return "; ".join(parts) or "rows not recorded"
+
+
+def remark_text(cell: Cell) -> str:
+    """What is particular about the data: one remark, or one for each split."""
+    remarks = cell.data.get("remarks") or {}
+    told = [f"{split}: {remark}" for split, remark in remarks.items() if remark] + [cell.data.get("remark")]
+    return "; ".join(str(remark).strip().rstrip(".") for remark in told if remark)
 
 
 def _bold_notes(results: Results) -> list[str]:

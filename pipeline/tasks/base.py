@@ -29,8 +29,8 @@ _FETCH = "run `fishmask fetch` again"
 class Task:
     """A fetched data set, a base model, a metric.
 
-    Splits are those fetched (``train``, ``validation``, ``test``), and two parts of train: ``tune`` (a fifth, whole
-    groups) to choose learning rates on, and ``fit`` (the rest) to train on meanwhile.
+    Splits are those fetched (``train``, ``validation``, ``test``), and two parts of train: ``tune`` (a fifth,
+    whole groups) to choose learning rates on, and ``fit`` (the rest) to train on meanwhile.
 
     Attributes:
         name: of the task.
@@ -117,24 +117,31 @@ class Task:
             "metric": self.metric,
         }
 
+    @property
+    def model_info(self) -> dict[str, Any]:
+        """What ``pipeline.tasks.saved.load_model`` needs, beside a seed, to load the base model without data."""
+        image = self.manifest.get("image")
+        return {
+            "model": self.model_source,
+            "revision": self._model.revision,
+            "kind": self.kind,
+            "outputs": len(self.classes) if self.classes else 1,
+            "classes": self.classes,
+            "channels": image["shape"][0] if image else None,
+        }
+
     def model(self, seed: int) -> nn.Module:
         """Load the base model with a fresh head drawn with the seed (see ``pipeline.tasks.models.load_model``).
 
         Returns:
-            The model in fp32 and eval mode, on the CPU.
-
-        Raises:
-            ModelError: if it is not to be had, or does not fit the data.
+            The model in fp32 and eval mode, on the CPU; a ModelError if it is not to be had, or does not fit the
+            data.
         """
-        image = self.manifest.get("image")
+        info = self.model_info
         model = load_model(
-            self._model,
-            kind=self.kind,
-            outputs=len(self.classes) if self.classes else 1,
-            seed=seed,
-            classes=self.classes,
-            channels=image["shape"][0] if image else 3,
-        )
+            self._model, kind=self.kind, outputs=info["outputs"], seed=seed, classes=self.classes,
+            channels=info["channels"] or 3,
+        )  # fmt: skip
         self._check_fit(model)
         return model
 
@@ -148,11 +155,13 @@ class Task:
             ids, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
             if ids is not None and split.largest_id >= ids:
                 raise ModelError(
-                    f"model.source: '{self.model_source}' knows {ids} token ids, its tokenizer gave {split.largest_id}"
+                    f"model.source: '{self.model_source}' knows {ids} token ids; its tokenizer "
+                    f"gave {split.largest_id}"
                 )
             if longest is not None and split.lengths.max() > longest:
                 raise ModelError(
-                    f"model.max_length: texts of {split.lengths.max()} tokens; '{self.model_source}' takes {longest}"
+                    f"model.max_length: texts of {split.lengths.max()} tokens; '{self.model_source}' "
+                    f"takes {longest}"
                 )
             if config.pad_token_id is None:
                 config.pad_token_id = self.manifest["tokenizer"]["pad"]
@@ -193,7 +202,7 @@ class Task:
         """Cut a split into batches.
 
         With a seed: one training epoch, every row once in an order that (seed, epoch) decides, texts of similar
-        length together, images augmented where the data set is trained so. Without: the rows in order, as they are.
+        length together, images augmented where the data set is trained so. Without: the rows in order.
 
         Args:
             split: its name.
@@ -205,9 +214,6 @@ class Task:
         Returns:
             The batches, each made when asked for: text a mapping of int64 ``input_ids``, ``attention_mask``,
             perhaps ``token_type_ids`` [B, T] and ``labels`` [B]; images (float32 [B, C, H, W], targets [B]).
-
-        Raises:
-            DataError: if there is no such split, or its file is not what fetch wrote.
         """
         data, rows = self._split(split), self.rows(split)
         if seed is None:
@@ -223,8 +229,8 @@ class Task:
     ) -> Batches:  # fmt: skip
         """Draw examples for scoring: never augmented, in a fixed order that the seed decides.
 
-        A draw of n begins with the draw of any m < n: ``examples(n, ..., skip=m)`` is the rest. Where the split has
-        fewer than ``count`` examples, all of them are drawn (``.examples`` says how many).
+        A draw of n begins with the draw of any m < n: ``examples(n, ..., skip=m)`` is the rest. Where the split
+        has fewer than ``count`` examples, all of them are drawn (``.examples`` says how many).
 
         Args:
             count: examples to draw.
@@ -236,9 +242,6 @@ class Task:
 
         Returns:
             The batches.
-
-        Raises:
-            DataError: if there is no such split, or its file is not what fetch wrote.
         """
         data, rows = self._split(split), self.rows(split)
         drawn = rows[permutation(len(rows), seed, 3)][skip:count]

@@ -61,8 +61,8 @@ def _complete(values: pa.Array, split: RawSplit, name: str) -> None:
     if values.null_count:
         row = pc.index(pc.is_null(values), True).as_py()
         raise DataError(
-            f"{split.where}: column '{name}' lacks {values.null_count} of {len(values)} values, the first in row {row} "
-            "(rows count from 0); expected a value in every row"
+            f"{split.where}: column '{name}' lacks {values.null_count} of {len(values)} values, the first in row "
+            f"{row} (rows count from 0); expected a value in every row"
         )
 
 
@@ -82,7 +82,7 @@ def encode_labels(
         regression: what the task's metric needs; None lets the column's type decide.
 
     Returns:
-        Split -> int64 or float32 [rows], None for an unlabelled test split; and the class names, None for regression.
+        Split -> int64 or float32 [rows], None for an unlabelled test split; and the class names or None.
 
     Raises:
         DataError: naming the file, the row and what was expected.
@@ -138,8 +138,8 @@ def _reject(bad: np.ndarray, array: np.ndarray, split: RawSplit, name: str, expe
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise DataError(
-            f"{split.where}: label {array[row]} in column '{name}', row {row} (rows count from 0), is out of range; "
-            f"expected {expected}"
+            f"{split.where}: label {array[row]} in column '{name}', row {row} (rows count from 0), is out of "
+            f"range; expected {expected}"
         )
 
 

@@ -26,9 +26,9 @@ def decode(split: RawSplit) -> tuple[np.ndarray, str]:
     images, formats = [], set()
     for row, content in enumerate(files):
         try:
-            with Image.open(io.BytesIO(content or b"")) as image:
-                formats.add(image.format or "?")
-                images.append(image.convert("L" if image.mode in {"1", "L"} else "RGB"))
+            with Image.open(io.BytesIO(content or b"")) as file:
+                formats.add(file.format or "?")
+                images.append(file.convert("L" if file.mode in {"1", "L"} else "RGB"))
         except (OSError, ValueError, SyntaxError):
             raise DataError(
                 f"{split.where}: column '{name}', row {row} (rows count from 0) is no image that can be decoded"

@@ -13,9 +13,9 @@ from pipeline.tasks.sources import package_file
 _HELD_OUT = 0.2
 _WORD = re.compile(r"(?=.*[aeiouy])[a-z]{3,}")
 _SUFFIXES = sorted(
-    """s es ed d er r ers rs ing ings est st ly y ily ness nesses ment ful fully fulness less able ably ability ible
-    tion ion ions ive ous al ism isms ist ists ize ise ic ical ity ance ant or ors ory ish ier iest ies iness ied ying
-    ie some ship dom e en ens ened ate ates age th ling ee ess""".split(),
+    """s es ed d er r ers rs ing ings est st ly y ily ness nesses ment ful fully fulness less able ably ability
+    ible tion ion ions ive ous al ism isms ist ists ize ise ic ical ity ance ant or ors ory ish ier iest ies iness
+    ied ying ie some ship dom e en ens ened ate ates age th ling ee ess""".split(),
     key=lambda suffix: (-len(suffix), suffix),
 )
 _PREFIXES = ("un", "dis", "mis", "in", "im", "ir", "il", "non", "over", "under", "re")
@@ -58,9 +58,9 @@ def families(words: list[str]) -> np.ndarray:
     """Group words that share an origin: ``paranoid`` and ``paranoids``, ``happy`` and ``unhappily``.
 
     Two words are of one family if they share the first five letters, or one is the other, or its first four
-    letters, behind a prefix (un-, dis-, ...) or before a suffix (-s, -ing, -less, ...), and so on from word to word.
-    This joins too much (``compel`` and ``compete``) rather than too little: a family lies in one split, so nothing
-    of a held-out word was seen in training.
+    letters, behind a prefix (un-, dis-, ...) or before a suffix (-s, -ing, ...), and so on from word to word.
+    This joins too much (``compel`` and ``compete``) rather than too little: a family lies in one split, so
+    nothing of a held-out word was seen in training.
 
     Returns:
         int64 [len(words)]: each word's family, numbered by first appearance.

@@ -1,5 +1,7 @@
 """Seeded draws that stay the same in every version of numpy: only PCG64's raw output is used."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,8 @@ def permutation(count: int, *key: int) -> Rows:
     Returns:
         int64 [count].
     """
-    raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
+    # SeedSequence ignores zeros at the end: without the length, (1,) and (1, 0) would draw alike
+    raw = np.random.PCG64(np.random.SeedSequence((len(key), *key))).random_raw(count)
     return np.argsort(np.asarray(raw, dtype=np.uint64), kind="stable").astype(np.int64)
 
 
@@ -39,7 +42,7 @@ def split_by_group(groups: Rows, fraction: float, *key: int) -> tuple[Rows, Rows
     return np.flatnonzero(~held[group]).astype(np.int64), np.flatnonzero(held[group]).astype(np.int64)
 
 
-def split_by_class(labels: NDArray, fraction: float, *key: int) -> tuple[Rows, Rows]:
+def split_by_class(labels: NDArray[Any], fraction: float, *key: int) -> tuple[Rows, Rows]:
     """Hold rows out, the same fraction of every class (rounded up).
 
     Returns:

@@ -1,8 +1,8 @@
 """fetch(): bring a task's data into one normal form, checked, tokenised or decoded once.
 
-Each split's parquet has ``row`` (int64, its row in the source split), ``label`` (int64 classes or float32; absent where
-the split is unlabelled), for texts ``text``, ``text_pair``, ``input_ids``, ``token_type_ids``, for images ``pixels``
-(uint8 [C, H, W]), and ``group`` where rows belong together.
+Each split's parquet has ``row`` (int64, its row in the source split), ``label`` (int64 classes or float32; absent
+where the split is unlabelled), for texts ``text``, ``text_pair``, ``input_ids``, ``token_type_ids``, for images
+``pixels`` (uint8 [C, H, W]), and ``group`` where rows belong together.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from pipeline.errors import DataError, ParamsError
 from pipeline.tasks.columns import encode_labels, text_column
-from pipeline.tasks.draws import permutation
 from pipeline.tasks.decode import decode
+from pipeline.tasks.draws import permutation
 from pipeline.tasks.image import pixel_array, pixel_column, statistics
 from pipeline.tasks.metrics import needs_regression
 from pipeline.tasks.raw import RawData, read_raw
@@ -57,10 +57,8 @@ def fetch(
         before the limit), ``labelled``, ``remark`` and ``digest``, and one ``data_digest``.
 
     Raises:
-        DataError: if the data is missing or does not fit.
-        ModelError: if the model has no tokenizer.
-        ParamsError: if a setting does not fit the data.
-        StorageError: if ``out`` cannot be written.
+        ParamsError: if the kind is unknown. Data that is missing or does not fit is a DataError, a model without
+            tokenizer a ModelError, a folder that cannot be written a StorageError.
     """
     raw = read_raw(task, data, files)
     regression = None if metric is None else needs_regression(metric)

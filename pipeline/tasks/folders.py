@@ -51,7 +51,8 @@ def find_splits(folder: Path) -> dict[str, SplitFiles]:
     for missing, there in (("train", "train" in found), ("validation", "validation" in found or "test" in found)):
         if not there:
             raise DataError(
-                f"{folder}: split '{missing}' is missing; expected {missing}.parquet (or .csv, .tsv, .jsonl, .json), "
+                f"{folder}: split '{missing}' is missing; expected {missing}.parquet (or .csv, .tsv, .jsonl, "
+                ".json), "
                 f"found {', '.join(sorted(p.name for paths in names.values() for p in paths))}"
             )
     return found

@@ -7,13 +7,13 @@ import numpy as np
 
 from pipeline.errors import ParamsError
 
-CLASSIFICATION = {
+CLASSIFICATION: dict[str, tuple[str, ...]] = {
     "accuracy": ("accuracy",),
     "f1": ("f1", "accuracy"),
     "matthews": ("matthews", "accuracy"),
     "accuracy_f1": ("accuracy", "f1"),
 }
-REGRESSION = {
+REGRESSION: dict[str, tuple[str, ...]] = {
     "pearson": ("pearson", "spearman"),
     "spearman": ("spearman", "pearson"),
     "pearson_spearman": ("pearson", "spearman"),
@@ -48,9 +48,6 @@ def score(metric: str, outputs: np.ndarray, labels: np.ndarray) -> dict[str, flo
 
     Returns:
         ``metric``, and what else is usually shown beside it.
-
-    Raises:
-        ParamsError: if there is no such metric.
     """
     if needs_regression(metric):
         parts = _correlations(outputs.reshape(-1).astype(np.float64), labels.astype(np.float64))

@@ -65,13 +65,14 @@ def load_model(
         if classes:
             config.id2label = dict(enumerate(classes))
             config.label2id = {name: number for number, name in enumerate(classes)}
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         network, report = getattr(transformers, auto).from_pretrained(
             path, config=config, revision=model.revision, dtype=torch.float32, use_safetensors=True,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     _check_loaded(model, network, report, outputs)
-    return network.eval()
+    loaded: nn.Module = network
+    return loaded.eval()
 
 
 def load_tokenizer(model: ModelSettings) -> Any:
@@ -107,7 +108,8 @@ def _locate(model: ModelSettings) -> str:
     folder = Path(source.name).expanduser()
     if not folder.is_dir():
         raise ModelError(
-            f"{_KEY}: no folder '{source.name}'; expected package:NAME, builtin:NAME, a hub id (owner/name) or {_LAYOUT}"
+            f"{_KEY}: no folder '{source.name}'; expected package:NAME, builtin:NAME, a hub id "
+            f"(owner/name) or {_LAYOUT}"
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{_KEY}: {folder} holds no config.json; expected {_LAYOUT}")
@@ -137,13 +139,14 @@ def _check_loaded(model: ModelSettings, network: nn.Module, report: dict[str, An
     missing = sum(sizes.get(name, 0) for name in report.get("missing_keys", ()))
     if 2 * missing > sum(sizes.values()):
         raise ModelError(
-            f"{_KEY}: the weights of '{model.source}' lack {missing:,} of {sum(sizes.values()):,} parameters of its "
-            f"{type(network).__name__}; expected a checkpoint of that architecture"
+            f"{_KEY}: the weights of '{model.source}' lack {missing:,} of {sum(sizes.values()):,} parameters "
+            f"of its {type(network).__name__}; expected a checkpoint of that architecture"
         )
     for name, held, wanted in report.get("mismatched_keys", ()):
         if not wanted or wanted[0] != outputs:
             raise ModelError(
-                f"{_KEY}: tensor '{name}' of '{model.source}' is {list(held)}; its config.json makes it {list(wanted)}"
+                f"{_KEY}: tensor '{name}' of '{model.source}' is {list(held)}; its config.json "
+                f"makes it {list(wanted)}"
             )
 
 
@@ -153,8 +156,9 @@ def _hub_library(model: ModelSettings, what: str) -> Iterator[None]:
     hub = parse(model.source).kind == "hub"
     if hub:
         prepare_hub()
-    import transformers.utils.logging as chatter
+    import transformers.utils.logging
 
+    chatter: Any = transformers.utils.logging
     before, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
     chatter.set_verbosity_error()
     chatter.disable_progress_bar()
@@ -174,31 +178,3 @@ def _hub_library(model: ModelSettings, what: str) -> Iterator[None]:
         chatter.set_verbosity(before)
         if bars:
             chatter.enable_progress_bar()
-
-
-def save_model(network: nn.Module, model: ModelSettings, folder: Path) -> None:
-    """Write a model as a folder: the hub's layout with its tokenizer, or a builtin's ``model.safetensors``.
-
-    Raises:
-        ModelError: if the tokenizer of its source is not to be had.
-        StorageError: if the folder cannot be written.
-    """
-    from pipeline.errors import StorageError
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not hasattr(network, "save_pretrained"):
-            from safetensors.torch import save
-
-            from pipeline.files import write_bytes
-
-            write_bytes(folder / "model.safetensors", save(dict(network.state_dict())))
-            return
-        with _hub_library(model, "a model"):
-            network.save_pretrained(folder)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot write the model: {error.strerror or error}") from None
-    if network.config.__class__.__module__.startswith("transformers") and getattr(
-        network.config, "vocab_size", None
-    ):
-        load_tokenizer(model).save_pretrained(folder)

@@ -75,7 +75,7 @@ class _Package:
 
 _PACKAGES = {
     "vaderSentiment": _Package(demo.words, "MIT", group="family"),
-    "scikit-learn": _Package(demo.digits, "BSD-3-Clause; digits: UCI, CC BY 4.0", shape=(1, 8, 8)),
+    "scikit-learn": _Package(demo.digits, "BSD-3-Clause (the package)", shape=(1, 8, 8)),
 }
 
 
@@ -161,7 +161,7 @@ def _read_hub(task: str, source: Source, revision: str | None) -> dict[str, RawS
     except Exception as error:  # whatever the hub, its client or the builder raises, the data is not to be had
         way_out = f"set FISHMASK_DATA to a folder that holds {task}/*.parquet, or name a folder as the source"
         raise hub_error(DataError, key, name, way_out, error) from error
-    splits = {}
+    splits: dict[str, RawSplit] = {}
     for split in SPLITS:
         for variant in (split, f"{split}_matched"):
             if variant in loaded:

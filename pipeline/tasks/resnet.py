@@ -3,6 +3,8 @@
 Shape legend: B examples, C channels, H rows, W columns.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -68,7 +70,8 @@ class ResNet(nn.Module):
         Returns:
             Logits [B, classes].
         """
-        return self.fc(self.blocks(self.pool(self.stem(x_BCHW))).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(self.blocks(self.pool(self.stem(x_BCHW))).mean(dim=(2, 3)))
+        return logits
 
 
 class ResNet9(nn.Module):
@@ -100,7 +103,8 @@ class ResNet9(nn.Module):
         x_BCHW = self.layer1(self.stem(x_BCHW))
         x_BCHW = self.layer2(x_BCHW + self.residual1(x_BCHW))
         x_BCHW = self.layer3(x_BCHW)
-        return self.fc((x_BCHW + self.residual2(x_BCHW)).amax(dim=(2, 3)))
+        logits: Tensor = self.fc((x_BCHW + self.residual2(x_BCHW)).amax(dim=(2, 3)))
+        return logits
 
 
 def _draw(model: nn.Module) -> None:
@@ -111,7 +115,7 @@ def _draw(model: nn.Module) -> None:
 
 
 _FOUR = (64, 128, 256, 512)
-BUILTIN = {
+BUILTIN: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet-digits": lambda channels, classes: ResNet(channels, classes, (32, 64, 128), (1, 1, 1)),
     "resnet9": ResNet9,
     # The first implementation kept ImageNet's max-pooling behind the 3x3 stem; so do these, to be comparable.
@@ -134,5 +138,5 @@ def build(name: str, channels: int, classes: int, seed: int) -> nn.Module:
             f"model.source: no model 'builtin:{name}'; expected one of builtin:{', builtin:'.join(BUILTIN)}"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return BUILTIN[name](channels, classes).eval()

@@ -1,4 +1,4 @@
-"""What a fetched folder holds: one parquet file a split and ``manifest.json``; the same content, the same bytes."""
+"""What a fetched folder holds: one parquet file a split and ``manifest.json``; same content, same bytes."""
 
 import hashlib
 import io
@@ -22,9 +22,6 @@ def write_split(folder: Path, split: str, table: pa.Table) -> str:
 
     Returns:
         The digest of its content (see ``table_digest``).
-
-    Raises:
-        StorageError: if it cannot be written.
     """
     table = table.replace_schema_metadata(None).combine_chunks()
     buffer = io.BytesIO()
@@ -73,7 +70,9 @@ def table_digest(table: pa.Table) -> str:
     state = hashlib.blake2b(digest_size=32)
     for name in table.column_names:
         column = table.column(name).combine_chunks()
-        state.update(f"{name} {column.type} {len(column)}\n".encode())
+        # parquet renames the field inside a list, so its type is spelt out here
+        kind = f"list of {column.type.value_type}" if pa.types.is_list(column.type) else str(column.type)
+        state.update(f"{name} {kind} {len(column)}\n".encode())
         if pa.types.is_string(column.type):
             texts = [text.encode() for text in column.to_pylist()]
             state.update(np.array([len(text) for text in texts], dtype="<i8").tobytes() + b"".join(texts))
@@ -106,11 +105,7 @@ def data_digest(manifest: dict[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, last: a folder without one is not a fetched folder.
-
-    Raises:
-        StorageError: if it cannot be written.
-    """
+    """Write the manifest, last: a folder without one is not a fetched folder."""
     write_json(folder / "manifest.json", manifest)
 
 

@@ -32,7 +32,6 @@ class Tokenizer:
         """Load the model's tokenizer.
 
         Raises:
-            ModelError: if there is none, or it has no padding token.
             ParamsError: if ``max_length`` is more than it allows.
         """
         self._tokenizer = load_tokenizer(model)
@@ -100,8 +99,8 @@ class TextSplit:
         """Pad some examples to the longest of them.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids``, int64 [B, T]; ``labels`` [B] where the
-            split has them.
+            ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids``, int64 [B, T]; ``labels`` [B] where
+            the split has them.
         """
         lengths = self.lengths[rows]
         filled_BT = np.arange(lengths.max(initial=0))[None, :] < lengths[:, None]

@@ -68,6 +68,7 @@ class MaskedParameters:
             the mask's index, coordinates ascending. It is all the state a resume needs; call ``write_`` after
             loading it.
         mask: the coordinates.
+        segments: name -> the stretch of θ that belongs to that tensor, for tensors that have coordinates.
 
     Raises:
         MismatchError: if the mask belongs to another model; names the first tensor that differs.
@@ -86,7 +87,7 @@ class MaskedParameters:
         self._flags = {p: p.requires_grad for p in self._model.parameters()}
         self._handles: list[Any] = []
         self._sparse: list[nn.Embedding] = []
-        self._segments: dict[str, Segment] = {}
+        self.segments: dict[str, Segment] = {}
         self.mask = mask
         self._bind(parameters)
         self.values = nn.Parameter(self._read())
@@ -114,7 +115,7 @@ class MaskedParameters:
         """
         self._check_open()
         cast = {self._dtype: self.values.detach()}  # one cast of the whole vector per dtype, not one per tensor
-        for name, part in self._segments.items():
+        for name, part in self.segments.items():
             weight = part.parameter
             if weight.device != self._device or part.owner._parameters.get(part.key) is not weight:
                 raise ModelError(
@@ -188,13 +189,13 @@ class MaskedParameters:
                 part = None if self.mask.whole(name) else self.mask.indices[name].to(self._device)
                 path, _, key = name.rpartition(".")
                 owner = self._model.get_submodule(path)
-                self._segments[name] = Segment(parameters[name], owner, key, start, start + count, part)
+                self.segments[name] = Segment(parameters[name], owner, key, start, start + count, part)
                 start += count
-        trained = {segment.parameter for segment in self._segments.values()}
+        trained = {segment.parameter for segment in self.segments.values()}
         for parameter in self._flags:
             parameter.grad = None
             parameter.requires_grad_(parameter in trained)
-        for segment in self._segments.values():
+        for segment in self.segments.values():
             hook = self._collector(segment)
             self._handles.append(segment.parameter.register_post_accumulate_grad_hook(hook))
         self._sparse = [m for m in sole_embeddings(self._model) if m.weight in trained]
@@ -206,13 +207,13 @@ class MaskedParameters:
             handle.remove()
         for module in self._sparse:
             module.sparse = False
-        for part in self._segments.values():
+        for part in self.segments.values():
             part.parameter.grad = None
-        self._handles, self._sparse, self._segments = [], [], {}
+        self._handles, self._sparse, self.segments = [], [], {}
 
     def _read(self) -> Tensor:
         """Copy the model's weights at the coordinates: [k]."""
-        parts = [take(s.parameter, s.coordinates).to(self._dtype) for s in self._segments.values()]
+        parts = [take(s.parameter, s.coordinates).to(self._dtype) for s in self.segments.values()]
         return torch.cat(parts) if parts else torch.empty(0, dtype=self._dtype, device=self._device)
 
     def _collector(self, part: Segment) -> Callable[[Tensor], None]:

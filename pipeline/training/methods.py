@@ -1,16 +1,17 @@
 """The training methods by name: which coordinates each one trains. How to train them is the same for all."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline.errors import MismatchError, ParamsError
-from pipeline.masks import select
+from pipeline.errors import ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.masks.ranking import Ranking
-from pipeline.parameters import ParameterIndex
+from pipeline.masks.select import STRATEGIES
+from pipeline.parameters import unwrapped
+from pipeline.training.masked import fitting_parameters
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,40 @@ def method_named(name: str) -> Method:
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ParamsError(f"unknown method '{name}'; {hint}methods: {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def mask_for(
+    method_name: str,
+    model: nn.Module,
+    *,
+    density: float,
+    head: Sequence[str],
+    seed: int,
+    ranking: Ranking | Mapping[str, Tensor] | None = None,
+) -> Mask:
+    """Choose what a method trains of a model.
+
+    Args:
+        method_name: a key of ``METHODS``.
+        model: the base; its weights matter to ``magnitude`` alone.
+        density: chosen / all, head included; ``dense``, ``bitfit`` and ``head`` have their own.
+        head: the head's module names, always trained.
+        seed: of ``random``.
+        ranking: a ranking of Fisher scores, or the scores; for methods that need one.
+
+    Returns:
+        The mask, with method and density in its provenance, and the seed where it was used.
+
+    Raises:
+        ParamsError: if the method is unknown, or needs a ranking that is missing.
+    """
+    method = method_named(method_name)
+    if method.needs_ranking and ranking is None:
+        raise ParamsError(f"method '{method.name}' needs a ranking of Fisher scores; run the score stage first")
+    model = unwrapped(model)
+    mask = STRATEGIES[method.strategy](model, density=density, always=head, seed=seed, ranking=ranking)
+    fitting_parameters(model, mask)  # a ranking may be of another model
+    mask.info |= {"method": method.name, "density": mask.density}
+    if method.strategy == "random":
+        mask.info["seed"] = seed
+    return mask

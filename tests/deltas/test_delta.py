@@ -481,3 +481,12 @@ def test_the_digest_is_of_the_content_alone() -> None:
     moved.norm.num_batches_tracked += 1
     assert delta != Delta.of(moved, mask, base=base)
     assert delta.info == {"seed": 1} and "scratch" not in delta.buffers and len(delta.buffers) == 6
+
+
+def test_bits_are_compared_and_not_values() -> None:
+    same, zero = writing.same_bits, torch.tensor([0.0, 1.0])
+    nan = torch.tensor([torch.nan])
+    assert same(nan, nan.clone()) and not same(zero, -zero) and not same(zero, zero.double())
+    assert not same(zero, zero[:1]) and same(zero[::2], torch.tensor([0.0]))
+    empty = torch.from_numpy(torch.arange(6).numpy()[3:3])
+    assert same(empty, torch.empty(0, dtype=torch.int64)) and same(torch.tensor(3), torch.tensor(3))

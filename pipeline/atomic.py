@@ -1,0 +1,60 @@
+"""Replacing a file atomically and durably: after a crash it holds the old bytes or the new ones, never a mix."""
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.errors import StorageError
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "free some space or choose another folder",
+    errno.EACCES: "choose a folder you may write to",
+    errno.EPERM: "choose a folder you may write to",
+    errno.EROFS: "choose a folder that is not read-only",
+    errno.ENOENT: "create the folder first",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "the path is a folder; name a file",
+}
+
+
+def replace_file(path: Path, parts: Iterable[bytes | bytearray | memoryview]) -> None:
+    """Write parts to a temporary file beside ``path``, make it durable, and put it in the place of ``path``.
+
+    Raises:
+        StorageError: if that fails; the old file is as it was and no temporary file stays behind.
+    """
+    temporary = path.parent / f".{path.name[:200]}.{secrets.token_hex(6)}.tmp"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        try:
+            with open(descriptor, "wb") as file:
+                if path.exists():
+                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "choose another folder")
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}; {advice}") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where the file system knows how to."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

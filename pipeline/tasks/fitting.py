@@ -1,0 +1,63 @@
+"""Train one model on one task through one mask: what the train stage and the learning-rate search have in common."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from pipeline.masks.mask import Mask
+from pipeline.progress import ProgressLine
+from pipeline.tasks.base import Task
+from pipeline.training.device import Device
+from pipeline.training.loop import FitResult, fit
+from pipeline.training.masked import MaskedParameters
+from pipeline.training.recipe import Recipe
+from pipeline.training.resume import ResumeFile
+
+_EVALUATION = 4  # evaluation batches are this many times larger: no gradients, hence no memory for them
+
+
+def fit_task(
+    task: Task,
+    model: nn.Module,
+    mask: Mask,
+    recipe: Recipe,
+    batch_size: int,
+    device: Device,
+    *,
+    name: str,
+    splits: tuple[str, str] | None = None,
+    resume: ResumeFile | None = None,
+    log: Callable[[dict[str, float], int], None] | None = None,
+) -> FitResult:
+    """Train ``model``, in place, on the masked coordinates.
+
+    Args:
+        task: the data and the metric.
+        model: the base, on the device.
+        mask: the coordinates to train.
+        recipe: how; its seed also orders the data.
+        batch_size: examples per batch.
+        device: where, and in which precision.
+        name: what the progress display calls it.
+        splits: trained and evaluated; by default train and the reported split.
+        resume: where an unfinished run is kept.
+        log: takes metrics and their step.
+
+    Returns:
+        The history, one entry per epoch, with the task's metrics; and the cost.
+    """
+    trained, judged = splits or ("train", task.reported)
+    where = device.device
+    with ProgressLine(name) as line, MaskedParameters(model, mask) as masked:
+        return fit(
+            model,
+            lambda epoch: task.batches(trained, batch_size, seed=recipe.seed, epoch=epoch, device=where),
+            masked=masked,
+            recipe=recipe,
+            evaluate=lambda m: task.evaluate(m, judged, _EVALUATION * batch_size, where, device.autocast),
+            device=device,
+            channels_last=task.kind == "image" and where.type == "cuda",
+            resume=resume,
+            log=log,
+            progress=lambda p: line.update(p.step, p.steps, "" if p.loss is None else f"loss {p.loss:.3f}"),
+        )

@@ -1,0 +1,91 @@
+"""The methods by name: each trains what it says, within the budget, and nothing else."""
+
+from math import floor
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import MismatchError, ParamsError
+from pipeline.masks.mask import Mask
+from pipeline.masks.ranking import Ranking
+from pipeline.masks.select import STRATEGIES
+from pipeline.parameters import ParameterIndex
+from pipeline.training.masked import MaskedParameters
+from pipeline.training.methods import METHODS, mask_for, method_named
+
+HEAD = ["fc"]
+
+
+def network(width: int = 8) -> nn.Module:
+    torch.manual_seed(0)
+    layers = {"stem": nn.Linear(6, width), "norm": nn.LayerNorm(width), "body": nn.Linear(width, width)}
+    return nn.ModuleDict({**layers, "fc": nn.Linear(width, 2)})
+
+
+def scores_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {name: torch.rand(shape) for name, shape in ParameterIndex.of(model).shapes.items()}
+
+
+def test_every_method_names_a_strategy_and_itself() -> None:
+    assert list(METHODS) == ["dense", "fish", "random", "bitfit", "magnitude", "head"]
+    for name, method in METHODS.items():
+        assert method.name == name and method.strategy in STRATEGIES and method.doc
+    assert [m.name for m in METHODS.values() if m.needs_ranking] == ["fish"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_head_is_trained_and_the_mask_fits_the_model(name: str) -> None:
+    model = network()
+    ranking = Ranking.of(scores_of(model), 0.5)
+    mask = mask_for(name, model, density=0.3, head=HEAD, seed=0, ranking=ranking)
+    assert mask.whole("fc.weight") and mask.whole("fc.bias")
+    assert MaskedParameters(model, mask).values.numel() == mask.nnz
+    assert mask.info["method"] == name and mask.info["density"] == mask.density
+    budgeted = {"fish", "random", "magnitude"}
+    assert (mask.nnz == floor(0.3 * mask.index.total)) == (name in budgeted)
+
+
+def test_each_method_trains_what_it_says() -> None:
+    model = network()
+    scores = scores_of(model)
+
+    def cut(name: str, seed: int = 0) -> Mask:
+        return mask_for(name, model, density=0.3, head=HEAD, seed=seed, ranking=Ranking.of(scores, 0.5))
+
+    assert cut("dense").density == 1
+    assert {n for n in cut("head").index if cut("head").count(n)} == {"fc.weight", "fc.bias"}
+    bitfit = cut("bitfit")
+    assert {n for n in bitfit.index if bitfit.count(n)} == {"fc.weight", *(n for n in bitfit.index if "bias" in n)}
+    assert cut("fish") == Mask.top_k(scores, 0.3, HEAD)
+    sizes = {name: p.detach().abs() for name, p in model.named_parameters()}
+    assert cut("magnitude") == Mask.top_k(sizes, 0.3, HEAD)
+    assert cut("random", 3) == cut("random", 3) != cut("random", 4)
+    assert cut("random", 3).info["seed"] == 3 and "seed" not in cut("fish").info
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_compiled_model_gets_the_same_mask(name: str) -> None:
+    model = network()
+    ranking = Ranking.of(scores_of(model), 0.5)
+    masks = [
+        mask_for(name, net, density=0.3, head=HEAD, seed=0, ranking=ranking)
+        for net in (model, torch.compile(model, backend="eager"))
+    ]
+    assert masks[0] == masks[1]
+
+
+def test_an_unknown_method_is_refused_with_the_closest_name() -> None:
+    with pytest.raises(ParamsError, match="unknown method 'fisch'; did you mean 'fish'"):
+        method_named("fisch")
+    with pytest.raises(ParamsError, match="unknown method 'xyz'; methods: dense, fish"):
+        mask_for("xyz", network(), density=0.1, head=HEAD, seed=0)
+
+
+def test_fish_needs_a_ranking_of_this_very_model() -> None:
+    with pytest.raises(ParamsError, match="needs a ranking"):
+        mask_for("fish", network(), density=0.3, head=HEAD, seed=0)
+    other = Ranking.of(scores_of(network(9)), 0.5)
+    with pytest.raises(MismatchError, match="'stem.weight'"):
+        mask_for("fish", network(), density=0.3, head=HEAD, seed=0, ranking=other)
