@@ -38,4 +38,4 @@ ui: $(STAMP)
 	$(BIN)/fishmask ui
 
 clean:
-	rm -rf .venv artifacts reports timings .resume mlflow.db mlartifacts
+	rm -rf .venv artifacts reports timings .resume mlflow.db* mlartifacts

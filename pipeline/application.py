@@ -1,9 +1,7 @@
 """A delta on model files: base + delta -> the trained model, and back, bit for bit."""
 
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -61,9 +59,7 @@ def revert(delta_file: Path, tuned: str, out: Path, base: str | None) -> str:
 def _read(source: str, delta: Delta) -> tuple[nn.Module | dict[str, Tensor], dict[str, str] | None]:
     """A model to write on: the tensors of a file, or a module; and the file's own metadata."""
     if not source.endswith(".safetensors"):
-        info: dict[str, Any] = delta.info
-        torch.manual_seed(int(info.get("seed", 0)))
-        return load_model(source, info=info), None
+        return load_model(source, info=delta.info), None
     if not Path(source).is_file():
         raise ModelError(f"{source}: no such file; name a safetensors file or a model folder")
     with safe_open(source, framework="pt") as file:

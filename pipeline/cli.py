@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="fishmask",
-    help="Choose the few parameters with the most Fisher information, train only those, keep a tiny exact artifact.",
+    help="Choose the parameters with the most Fisher information, train only those, keep a tiny exact artifact.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -146,10 +146,9 @@ def tune_lr(
     write: Annotated[bool, typer.Option("--write/--dry-run", help="Record the best in params.yaml.")] = True,
 ) -> None:
     """Find each method's learning rate on a split of train, never on the reported split."""
-    from stages.tuning import tune
-
     from pipeline.params import Params
     from pipeline.workspace import Workspace
+    from stages.tune_lr import tune
 
     workspace = Workspace.here()
     tune(workspace, Params.load(workspace.root / "params.yaml"), task, method, seeds, write)
@@ -160,7 +159,6 @@ def demo() -> None:
     """Run the embedded default end to end and print its table."""
     from pipeline import project
 
-    project.switch_profile("demo", only_if_absent=True)
     project.repro([])
     project.print_results()
 
@@ -242,15 +240,22 @@ def apply(delta: Path, base: Base, out: Result) -> None:
     """Write base + delta as a new model, bit for bit what was trained."""
     from pipeline import application
 
-    print(application.apply(delta, Path(base), out))
+    print(application.apply(delta, base, out))
 
 
 @app.command(rich_help_panel=ARTIFACTS)
-def revert(delta: Path, tuned: Annotated[Path, typer.Argument()], out: Result) -> None:
-    """Write the base again from a tuned model and a delta that keeps the base's values."""
+def revert(
+    delta: Path,
+    tuned: Annotated[str, typer.Argument(help="The tuned model: a safetensors file, or a model folder.")],
+    out: Result,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base, where the delta keeps no values of it.")
+    ] = None,
+) -> None:
+    """Write the base again, from a tuned model and its delta."""
     from pipeline import application
 
-    print(application.revert(delta, tuned, out))
+    print(application.revert(delta, tuned, out, base))
 
 
 @app.command(rich_help_panel=PROJECT)

@@ -1,7 +1,7 @@
 """What an artifact file holds, and whether every byte of it is as it was written."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ from pipeline.files import format_of
 from pipeline.masks.mask import Mask
 from pipeline.masks.ranking import Ranking
 
-_READERS = {"fishmask-mask": Mask.load, "fishmask-delta": Delta.load, "fishmask-ranking": Ranking.load}
+_READERS: dict[str, Callable[[Path], Mask | Delta | Ranking]] = {
+    "fishmask-mask": Mask.load,
+    "fishmask-delta": Delta.load,
+    "fishmask-ranking": Ranking.load,
+}
 _BAR = 24  # characters of the longest bar
 
 
@@ -58,7 +62,9 @@ def describe(path: Path) -> dict[str, Any]:
             "buffers": {name: list(b.shape) for name, b in artifact.buffers.items()},
         }
         return facts | {"layers": [row for row in artifact.summary() if row["count"]]}
-    layers = [{"name": n, "count": mask.count(n), "size": mask.index.numel(n)} for n in mask.index if mask.count(n)]
+    layers = [
+        {"name": n, "count": mask.count(n), "size": mask.index.numel(n)} for n in mask.index if mask.count(n)
+    ]
     return facts | {"layers": layers}
 
 

@@ -22,7 +22,8 @@ def targets_of(batch: Batch) -> Tensor:
     Returns:
         The targets.
     """
-    return batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    targets: Tensor = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    return targets
 
 
 def outputs_of(model: nn.Module, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ A mistake becomes one line that names the file, the line, the key and what is al
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -322,3 +323,33 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         except YAMLError:
             raise ParamsError(f"--set {pair}: the value is not valid YAML") from None
     return overrides
+
+
+def edit_yaml(path: Path, changes: Mapping[str, Any]) -> None:
+    """Change values of a YAML file in place; comments, order and every other character of it stay.
+
+    Args:
+        path: the file.
+        changes: dotted key -> new scalar value; each key must be there.
+
+    Raises:
+        ParamsError: if a key is not there, or its value is not a plain scalar on one line.
+    """
+    from pipeline.files import write_bytes  # imports torch, which most readers of params.yaml do without
+
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for key, value in changes.items():
+        raw = YAML(typ="rt").load("".join(lines))
+        *parents, last = key.split(".")
+        here: Any = raw
+        for part in parents:
+            here = here.get(part) if isinstance(here, dict) else None
+        if not isinstance(here, dict) or last not in here:
+            raise ParamsError(f"{path.name}: {key}: no such key to change")
+        row, column = here.lc.value(last)
+        old = re.match(r"[^\s,}\]#]+", lines[row][column:])
+        if old is None or isinstance(here[last], (dict, list)):
+            raise ParamsError(f"{path.name}:{row + 1}: {key}: expected a plain value there")
+        text = repr(value) if isinstance(value, float) else str(value)
+        lines[row] = lines[row][:column] + text + lines[row][column + old.end() :]
+    write_bytes(path, "".join(lines).encode())

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _PLAIN_EVERY_SECONDS = 10.0
 
@@ -23,7 +23,7 @@ class ProgressLine:
         self._what = what
         self._stream = stream or sys.stderr
         self._live: Progress | None = None
-        self._row = 0
+        self._row = TaskID(0)
         self._last = 0.0
 
     def __enter__(self) -> "ProgressLine":

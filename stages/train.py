@@ -79,9 +79,15 @@ def _train(stage: Stage, task: Task, mask: Mask, recipe: Recipe, device: Device,
     except DivergedError as error:
         outcome |= {"metric": None, "diverged": str(error), "epochs": error.history}
     else:
-        info = {"task": cell.task, "kind": task.kind, "classes": task.classes, "model": task.model_source,
-                "method": cell.method, "setting": cell.setting, "seed": seed, "data": task.data_digest,
-                "mask": mask.info, "fishmask": VERSION}  # fmt: skip
+        info = task.model_info | {
+            "task": cell.task,
+            "method": cell.method,
+            "setting": cell.setting,
+            "seed": seed,
+            "data": task.data_digest,
+            "mask": mask.info,
+            "fishmask": VERSION,
+        }
         delta = Delta.of(model, mask, base=base, info=info)
         size = delta.save(folder / "delta.safetensors")
         outcome |= {"metric": result.history[-1][task.metric], "epochs": result.history}

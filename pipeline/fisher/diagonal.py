@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import DataError, ModelError, ParamsError
 from pipeline.fisher.batches import moved, rows_of, size_of
 from pipeline.fisher.fallback import add_whole, close
-from pipeline.fisher.layers import rule_for
+from pipeline.fisher.layers import rule_for, zero_scores
 from pipeline.fisher.objective import Loss, Objective
 from pipeline.fisher.plan import Plan, Planner, Single
 from pipeline.fisher.products import Work
@@ -95,7 +95,7 @@ def fisher_diagonal(
                 break
     if not scorer.seen:
         raise DataError("the batches hold no example; the Fisher diagonal is an average over at least one")
-    return {name: total.div_(scorer.seen) for name, total in scorer.scores.items()}
+    return {name: total.div_(scorer.seen).contiguous() for name, total in scorer.scores.items()}
 
 
 class Scorer:
@@ -116,11 +116,7 @@ class Scorer:
         self.work = work
         rules = {name: rule for name, m in model.named_modules() if (rule := rule_for(m)) is not None}
         self.planner = Planner(model, parameters, rules, work)
-        self.scores = {
-            name: torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
-            for name, p in parameters.items()
-        }
-        self.scores = {name: total.requires_grad_(False) for name, total in self.scores.items()}
+        self.scores = {name: zero_scores(p) for name, p in parameters.items()}
         self.seen = 0
         self.routes: dict[str, str] = {}
         self._singles: dict[Any, Single] = {}

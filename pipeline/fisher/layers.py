@@ -9,13 +9,14 @@ convolution, K kernel elements.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.fisher.products import Work, add_outer
+from pipeline.fisher.products import TILE, Work, add_outer
 
 Into = Mapping[str, Tensor]
 Rule = Callable[[Any, Tensor, Tensor, Into, Work], None]
@@ -44,6 +45,19 @@ def rule_for(module: nn.Module) -> Rule | None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
         return None  # it normalises with the batch's own statistics: examples are coupled
     return rule
+
+
+def zero_scores(parameter: Tensor) -> Tensor:
+    """Allocate the sum of a parameter's scores, convolutions' channels last, the order of their columns.
+
+    Returns:
+        Zeros shaped like the parameter, fp32, or float64 for a float64 parameter.
+    """
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    if parameter.ndim < 3:
+        return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+    first, second, *rest = parameter.shape
+    return torch.zeros(first, *rest, second, dtype=dtype, device=parameter.device).movedim(-1, 1)
 
 
 def takes_planes(module: nn.Module) -> int | None:
@@ -183,9 +197,14 @@ def _dense_convolution(module: Any, a: Tensor, g: Tensor, weight: Tensor, work: 
     deep, wide = (1, *module.dilation)[-2:]
     channels, outputs, (rows, columns) = a.shape[1], g.shape[1], g.shape[2:]
     elements = height * width * channels
-    total = weight.new_zeros(outputs, elements)
     bytes_row = columns * elements * weight.element_size()
-    # Columns of a few examples at a time, so that they are still in cache when they are multiplied.
+    shaped = weight if len(module.kernel_size) == 2 else weight.unsqueeze(2)
+    flat = shaped.permute(0, 2, 3, 1)
+    total = flat.view(outputs, elements) if flat.is_contiguous() else weight.new_zeros(outputs, elements)
+    # A weight of one tile needs one example's columns at a time, best multiplied while they are still in cache.
+    chunk = work.chunk
+    few = a.device.type == "cpu" and outputs * elements <= TILE * TILE
+    work = replace(work, chunk=min(work.chunk, 2**20)) if few else work
     for part in work.groups(len(a), rows * bytes_row):
         x = _padded(module, a[part] if len(module.kernel_size) == 2 else a[part].squeeze(2))
         x = x if x.ndim == 4 else x.unsqueeze(2)
@@ -194,19 +213,19 @@ def _dense_convolution(module: Any, a: Tensor, g: Tensor, weight: Tensor, work: 
         strides = (by_n, down * by_y, right * by_x, deep * by_y, wide * by_x, 1)
         patches = x.as_strided((len(x), rows, columns, height, width, channels), strides)
         g_BOL = g[part].to(weight.dtype).reshape(len(x), outputs, rows * columns)
-        if rows * bytes_row <= work.chunk or rows == 1:
+        if rows * bytes_row <= chunk or rows == 1:
             columns_BLK = patches.reshape(len(x), rows * columns, elements)
             add_outer(g_BOL.transpose(1, 2), columns_BLK, total, work)
             continue
         # One image alone is over the chunk: sum its gradient over bands of rows, then square.
-        band = max(1, work.chunk // bytes_row)
+        band = max(1, chunk // bytes_row)
         gradient = torch.zeros_like(total)
         for top in range(0, rows, band):
             g_part = g_BOL[0, :, top * columns : (top + band) * columns]
             gradient.addmm_(g_part, patches[0, top : top + band].reshape(-1, elements))
         total.add_(work.psi(gradient))
-    shaped = total.view(outputs, height, width, channels).permute(0, 3, 1, 2)
-    weight.add_(shaped.reshape(weight.shape))
+    if not flat.is_contiguous():
+        flat.add_(total.view(flat.shape))
 
 
 def _grouped_convolution(module: Any, a: Tensor, g: Tensor, weight: Tensor, work: Work) -> None:

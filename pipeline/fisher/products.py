@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements of a tile of G_n on a CPU: it and its accumulator are written once per example, so they should stay in
-# cache, yet a small tile makes a slow matrix product. 384 x 384 was best of 64..384 rows and columns (BENCH: Zen 3).
+# Rows and columns of a tile of G_n on a CPU: it and its accumulator are written once per example, so they should stay
+# in cache, yet a small tile makes a slow matrix product. 384 was best of 32 to 1,536 on a Zen 3 with 512 kB of L2.
 TILE = 384
 # Up to this many positions, one product over all pairs of positions beats B small products (SPEED.md).
 FEW = 4
@@ -53,8 +53,7 @@ class Work:
 
 def add_outer(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
     """Add Σ_n ψ(g_nᵀ a_n) to ``into_OI``, in its dtype."""
-    size, positions, outputs = g_BTO.shape
-    inputs = a_BTI.shape[2]
+    positions, outputs, inputs = g_BTO.shape[1], g_BTO.shape[2], a_BTI.shape[2]
     g_BTO, a_BTI = g_BTO.to(into_OI.dtype), a_BTI.to(into_OI.dtype)
     if positions == 1:
         # A product of one term: its square is the product of squares.
@@ -63,8 +62,8 @@ def add_outer(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None
         return
     elif g_BTO.device.type != "cpu":
         _batched(g_BTO, a_BTI, into_OI, work)
-    elif work.power == "square" and positions <= FEW and _pairs(g_BTO, a_BTI, into_OI, work):
-        return
+    elif work.power == "square" and positions <= FEW:
+        _pairs(g_BTO, a_BTI, into_OI, work)
     elif outputs * inputs <= 4096:
         _batched(g_BTO, a_BTI, into_OI, work)
     else:
@@ -105,30 +104,32 @@ def _batched(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
             into_OI.add_(norm.square_() if order == 2 else norm)
 
 
-def _pairs(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> bool:
+def _pairs(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
     """Expand the square: G² = Σ_{s≤t} (2 - [s=t]) g_s g_t a_s a_t, one matrix product over all examples and pairs.
 
-    The expansion cancels where G_n is small against its terms, so the result is kept only if its rounding error is
-    small against the largest score.
-
-    Returns:
-        Whether it was added; False if the caller must take another way.
+    The expansion cancels where G_n is small against its terms, so a block of rows whose rounding error could matter
+    beside its largest score is computed the other way.
     """
     size, positions, outputs = g_BTO.shape
     inputs = a_BTI.shape[2]
     pairs = positions * (positions + 1) // 2
-    total_OI = torch.zeros_like(into_OI)
-    bytes_each = pairs * (outputs + inputs) * into_OI.element_size()
-    for group in work.groups(size, bytes_each):
+    block = max(1, TILE * TILE // inputs)
+    for group in work.groups(size, pairs * (outputs + inputs) * into_OI.element_size()):
         g_PO = _pair_products(g_BTO[group], 2.0).view(-1, outputs)
         a_PI = _pair_products(a_BTI[group], 1.0).view(-1, inputs)
-        total_OI.addmm_(g_PO.t(), a_PI)
-    bound_OI = g_BTO.abs().sum(1).square_().t() @ a_BTI.abs().sum(1).square_()
-    # eps · bound is the order of the error; 100 · eps in fp32 is a tenth of the 1e-4 that CORRECTNESS 3 allows.
-    if float(bound_OI.max()) > 100 * float(total_OI.max()):
-        return False
-    into_OI.add_(total_OI.clamp_(min=0))
-    return True
+        g_abs_BO, a_abs_BI = g_BTO[group].abs().sum(1).square_(), a_BTI[group].abs().sum(1).square_()
+        space = into_OI.new_empty(min(block, outputs), inputs)
+        for top in range(0, outputs, block):
+            rows = into_OI[top : top + block]
+            total = space[: len(rows)]
+            torch.mm(g_abs_BO[:, top : top + block].t(), a_abs_BI, out=total)
+            bound = float(total.max())
+            torch.mm(g_PO[:, top : top + block].t(), a_PI, out=total)
+            # eps · bound is the order of the error; 100 · eps in fp32 is a tenth of what CORRECTNESS 3 allows.
+            if bound <= 100 * float(total.max()):
+                rows.add_(total.clamp_(min=0))
+            else:
+                _tiled(g_BTO[group, :, top : top + block], a_BTI[group], rows, work)
 
 
 def _pair_products(x_BTD: Tensor, weight: float) -> Tensor:

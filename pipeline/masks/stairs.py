@@ -24,7 +24,7 @@ Array = np.ndarray
 _CELLS = 64  # cells of the held rows x columns per coordinate
 _RATIO = 1024  # bytes out of LZMA, or cells, per byte in
 _SPARE = 1 << 16  # ... and this many for nothing
-_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22, "lc": 0, "pb": 0}]
+_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 20, "lc": 0, "pb": 0}]
 
 
 class Stairs(NamedTuple):
@@ -240,8 +240,9 @@ def expand(code: bytes) -> bytes:
     try:
         stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
         data = stream.decompress(code[8:], max_length=length) if length else b""
+        more = b"" if stream.eof or not length else stream.decompress(b"", max_length=1)
     except lzma.LZMAError as error:
         raise ValueError(f"it does not expand ({error})") from None
-    if len(data) != length:
-        raise ValueError(f"it expands to {len(data)} bytes instead of {length}")
+    if len(data) != length or more:
+        raise ValueError(f"it expands to {len(data) + len(more)} bytes or more instead of {length}")
     return data

@@ -265,11 +265,9 @@ def _record(cell: Cell | None, task: str, method: str, setting: str) -> dict[str
 
 def _notes(cells: Sequence[Cell], *, spread: bool = True) -> list[str]:
     """Seeds, spread, data and divergence of these cells."""
-    counts = sorted({len(cell.values) for cell in cells})
-    number = (
-        f"n = {counts[0]} seeds" if len(counts) == 1 else f"n = {', '.join(map(str, counts))} seeds (see column)"
-    )
-    notes = [f"Mean ± sample standard deviation over {number}."] if spread and counts else []
+    counts = sorted({len(cell.values) for cell in cells}) or [0]
+    number = f"n = {counts[0]} seeds" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]} seeds"
+    notes = [f"Mean ± sample standard deviation over {number}."] if spread and cells else []
     for task in sorted({cell.task for cell in cells}):
         of_task = [cell for cell in cells if cell.task == task]
         titles = ", ".join(sorted({metric_title(cell.metric) for cell in of_task}))

@@ -19,7 +19,7 @@ from pipeline.tasks.draws import Rows, permutation, split_by_group
 from pipeline.tasks.image import ImageSplit, pixel_array
 from pipeline.tasks.models import load_model
 from pipeline.tasks.settings import ModelSettings
-from pipeline.tasks.store import read_manifest, read_split
+from pipeline.tasks.store import read_manifest, read_split, values_of
 from pipeline.tasks.text import TextSplit
 
 TUNE = 0.2  # of train, held out to choose learning rates on
@@ -297,9 +297,9 @@ class Task:
             table = read_split(self._folder, file, self.manifest["splits"][file])
             labels = None
             if "label" in table.column_names:
-                labels = torch.from_numpy(table.column("label").to_numpy().copy())
+                labels = torch.from_numpy(values_of(table.column("label").combine_chunks()).copy())
             if file == "train" and "group" in table.column_names:
-                self._groups = table.column("group").to_numpy()
+                self._groups = values_of(table.column("group").combine_chunks())
             if self.kind == "text":
                 self._splits[file] = TextSplit(table, labels, self.manifest["tokenizer"]["pad"])
             else:

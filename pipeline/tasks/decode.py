@@ -6,13 +6,18 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import DataError
+from pipeline.tasks.draws import Rows
 from pipeline.tasks.raw import RawSplit
 
 _NAMES = ("img", "image", "pixels")
 
 
-def decode(split: RawSplit) -> tuple[np.ndarray, str]:
+def decode(split: RawSplit, rows: Rows) -> tuple[np.ndarray, str]:
     """Decode a split's images: the first column of encoded files (bytes, or the struct that ``datasets`` writes).
+
+    Args:
+        split: the raw split.
+        rows: which of its images, at least one.
 
     Returns:
         uint8 [N, C, H, W], C = 1 if all are grey and else 3; and their format, such as ``PNG``.
@@ -24,9 +29,9 @@ def decode(split: RawSplit) -> tuple[np.ndarray, str]:
 
     name, files = _encoded(split)
     images, formats = [], set()
-    for row, content in enumerate(files):
+    for row in rows.tolist():
         try:
-            with Image.open(io.BytesIO(content or b"")) as file:
+            with Image.open(io.BytesIO(files[row] or b"")) as file:
                 formats.add(file.format or "?")
                 images.append(file.convert("L" if file.mode in {"1", "L"} else "RGB"))
         except (OSError, ValueError, SyntaxError):
@@ -34,7 +39,7 @@ def decode(split: RawSplit) -> tuple[np.ndarray, str]:
                 f"{split.where}: column '{name}', row {row} (rows count from 0) is no image that can be decoded"
             ) from None
     first = images[0]
-    for row, image in enumerate(images):
+    for row, image in zip(rows.tolist(), images, strict=True):
         if image.size != first.size:
             raise DataError(
                 f"{split.where}: image {row} is {image.width}x{image.height} pixels; expected "

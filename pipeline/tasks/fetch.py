@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.errors import DataError, ParamsError
 from pipeline.tasks.columns import encode_labels, text_column
 from pipeline.tasks.decode import decode
-from pipeline.tasks.draws import permutation
+from pipeline.tasks.draws import Rows, permutation
 from pipeline.tasks.image import pixel_array, pixel_column, statistics
 from pipeline.tasks.metrics import needs_regression
 from pipeline.tasks.raw import RawData, read_raw
@@ -75,27 +75,45 @@ def fetch(
         "licence": raw.licence,
         "classes": classes,
     }
+    rows = {split: _limited(task, split, raw, data.limit) for split in raw.splits}
     if kind == "text":
-        columns = _texts(task, data, model, raw, manifest)
+        columns = _texts(task, data, model, raw, rows, manifest)
     elif kind == "image":
-        columns = _images(raw, manifest)
+        columns = _images(raw, rows, manifest)
     else:
         raise ParamsError(f"tasks.{task}.kind: '{kind}'; expected text or image")
     manifest["splits"] = {
-        split: _write(task, out, split, columns[split], labels[split], raw, data.limit) for split in raw.splits
+        split: _write(out, split, columns[split], labels[split], rows[split], raw) for split in raw.splits
     }
     manifest["data_digest"] = data_digest(manifest)
     write_manifest(out, manifest)
     return manifest
 
 
+def _limited(task: str, split: str, raw: RawData, limit: Mapping[str, int] | None) -> Rows:
+    """The rows of a split that are kept."""
+    for name in limit or {}:
+        if name not in raw.splits:
+            raise ParamsError(f"tasks.{task}.data.limit: no split '{name}'; expected {', '.join(raw.splits)}")
+    count = raw.splits[split].table.num_rows
+    return np.sort(permutation(count, 0)[: (limit or {}).get(split, count)])
+
+
 def _texts(
-    task: str, data: DataSettings, model: ModelSettings, raw: RawData, manifest: dict[str, Any]
+    task: str,
+    data: DataSettings,
+    model: ModelSettings,
+    raw: RawData,
+    rows: dict[str, Rows],
+    manifest: dict[str, Any],
 ) -> dict[str, _Columns]:
     names = list(data.text or (raw.published.text if raw.published else ("text",)))
     if len(names) not in (1, 2):
         raise ParamsError(f"tasks.{task}.data.text: {len(names)} columns; expected one, or two for pairs of texts")
-    texts = {split: [text_column(part, name) for name in names] for split, part in raw.splits.items()}
+    texts = {
+        split: [text_column(part, name).take(pa.array(rows[split])) for name in names]
+        for split, part in raw.splits.items()
+    }
     tokenizer = Tokenizer(model)
     manifest["tokenizer"] = tokenizer.settings
     return {
@@ -104,14 +122,14 @@ def _texts(
     }
 
 
-def _images(raw: RawData, manifest: dict[str, Any]) -> dict[str, _Columns]:
+def _images(raw: RawData, rows: dict[str, Rows], manifest: dict[str, Any]) -> dict[str, _Columns]:
     pixels: dict[str, np.ndarray] = {}
     lossy: set[str] = set()
     for split, part in raw.splits.items():
         if raw.shape:
-            pixels[split] = pixel_array(part.table.column("pixels").combine_chunks(), raw.shape)
+            pixels[split] = pixel_array(part.table.column("pixels").combine_chunks(), raw.shape)[rows[split]]
         else:
-            pixels[split], formats = decode(part)
+            pixels[split], formats = decode(part, rows[split])
             lossy |= _LOSSY & set(formats.split("+"))
         if pixels[split].shape[1:] != pixels["train"].shape[1:]:
             raise DataError(
@@ -127,25 +145,17 @@ def _images(raw: RawData, manifest: dict[str, Any]) -> dict[str, _Columns]:
 
 
 def _write(
-    task: str, out: Path, split: str, columns: _Columns, labels: np.ndarray | None, raw: RawData,
-    limit: Mapping[str, int] | None,
-) -> dict[str, Any]:  # fmt: skip
-    of = raw.splits[split].table.num_rows
-    for name in limit or {}:
-        if name not in raw.splits:
-            raise ParamsError(f"tasks.{task}.data.limit: no split '{name}'; expected {', '.join(raw.splits)}")
-    rows = np.arange(of, dtype=np.int64)
-    remarks = [raw.splits[split].remark]
-    if limit and split in limit and limit[split] < of:
-        rows = np.sort(permutation(of, 0)[: limit[split]])
-        remarks.append(f"{len(rows)} of {of} rows")
+    out: Path, split: str, columns: _Columns, labels: np.ndarray | None, rows: Rows, raw: RawData
+) -> dict[str, Any]:
+    """Write one split; what the manifest says of it."""
     content: dict[str, Any] = {"row": pa.array(rows)} | columns
     if labels is not None:
-        content["label"] = pa.array(labels)
+        content["label"] = pa.array(labels[rows])
     if raw.group:
-        content["group"] = raw.splits[split].table.column(raw.group).combine_chunks()
-    taken = pa.array(rows)
-    table = pa.table({name: array if name == "row" else array.take(taken) for name, array in content.items()})
-    digest = write_split(out, split, table)
-    remark = "; ".join(filter(None, remarks))
+        content["group"] = raw.splits[split].table.column(raw.group).take(pa.array(rows))
+    digest = write_split(out, split, pa.table(content))
+    of = raw.splits[split].table.num_rows
+    remark = raw.splits[split].remark
+    if len(rows) < of:
+        remark = "; ".join(filter(None, [remark, f"{len(rows)} of {of} rows"]))
     return {"rows": len(rows), "of": of, "labelled": labels is not None, "remark": remark, "digest": digest}

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -126,18 +127,30 @@ def package_model(package: str) -> Path:
 
 
 def prepare_hub() -> None:
-    """Before the first import of a hub library: without a network, look only into its cache, at once.
+    """Before the hub is asked: without a network, look only into its cache, at once.
 
-    Otherwise it retries for half a minute before it says so.
+    Otherwise its client retries for half a minute before it says so.
     """
     proxied = any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    if proxied or "HF_HUB_OFFLINE" in os.environ:
-        return
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    if not proxied and "HF_HUB_OFFLINE" not in os.environ:
+        host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+    if offline():
+        for name in ("huggingface_hub.constants", "datasets.config"):  # they read the variable once, when imported
+            if name in sys.modules:
+                vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
+
+
+def offline() -> bool:
+    """Tell whether only the hub's cache is looked into.
+
+    Returns:
+        True if HF_HUB_OFFLINE says so.
+    """
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def hub_error(kind: type[FishmaskError], key: str, source: str, way_out: str, error: Exception) -> FishmaskError:
@@ -146,7 +159,6 @@ def hub_error(kind: type[FishmaskError], key: str, source: str, way_out: str, er
     Returns:
         The error to raise.
     """
-    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
-    why = "the hub cannot be reached and its cache does not hold it" if offline else first
+    why = "the hub cannot be reached and its cache does not hold it" if offline() else first
     return kind(f"{key}: cannot load '{source}' from the hub ({why}); {way_out}")

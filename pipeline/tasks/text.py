@@ -15,6 +15,7 @@ from pipeline.errors import ParamsError
 from pipeline.tasks.draws import Rows
 from pipeline.tasks.models import load_tokenizer
 from pipeline.tasks.settings import ModelSettings
+from pipeline.tasks.store import values_of
 
 FIELDS = ("input_ids", "token_type_ids")
 _UNLIMITED = 1_000_000  # transformers says "no limit" with 1e30
@@ -90,8 +91,8 @@ class TextSplit:
         for name in FIELDS:
             if name in table.column_names:
                 column = table.column(name).combine_chunks()
-                self._values[name] = column.values.to_numpy()
-                self._offsets = column.offsets.to_numpy().astype(np.int64)
+                self._values[name] = values_of(column.values)
+                self._offsets = values_of(column.offsets).astype(np.int64)
         self.lengths: Rows = np.diff(self._offsets)
         self.largest_id = int(self._values["input_ids"].max(initial=0))
 

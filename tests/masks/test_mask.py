@@ -59,6 +59,7 @@ def test_algebra_is_that_of_sets(a: dict[str, Tensor], b: dict[str, Tensor]) -> 
     assert x.jaccard(y) == (both / (x | y).nnz if (x | y).nnz else 1.0)
 
 
+@settings(max_examples=30)
 @given(MASKS, MASKS, MASKS)
 def test_laws(x: Mask, y: Mask, z: Mask) -> None:
     everything = Mask.covering(INDEX, list(INDEX))

@@ -21,7 +21,7 @@ def scores_of(seed: int, levels: int, dtype: torch.dtype = torch.float32) -> dic
     return {n: (torch.randint(0, levels, s, generator=g) / 7).to(dtype) for n, s in shapes.items()}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(0, 99), st.sampled_from([1, 3, 1000]), st.floats(0.01, 1), st.floats(0, 1), st.booleans())
 def test_a_cut_is_the_top_k_of_all_scores(seed: int, levels: int, keep: float, share: float, headed: bool) -> None:
     scores = scores_of(seed, levels, [torch.float32, torch.bfloat16][seed % 2])
@@ -49,7 +49,7 @@ def test_what_it_keeps() -> None:
         assert ranking.scores[name].equal(score.flatten()[ranking.mask.indices[name]])
     cut = ranking.cut(0.15)
     assert cut.whole("head.weight") and cut.info == {"seed": 3, "density": 0.15}
-    with pytest.raises(ParamsError, match=r"density 0\.21 is above 0\.2"):
+    with pytest.raises(ParamsError, match=r"density 0\.21 is above the 0\.2 that"):
         ranking.cut(0.21)
     with pytest.raises(MismatchError, match="'tail'"):
         Ranking.of(scores, always=["tail"])
@@ -95,8 +95,8 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     meta, sections = files.read_file(path, format=FORMAT, version=VERSION)
     for changed, parts, why in (
         (meta | {"digest": "0"}, sections, "not the ranking the header names"),
-        ({k: v for k, v in meta.items() if k != "keep"}, sections, "lacks keep"),
-        (meta | {"summary": 3}, sections, "lacks keep"),
+        ({k: v for k, v in meta.items() if k != "keep"}, sections, "keep, always or summary is missing"),
+        (meta | {"summary": 3}, sections, "keep, always or summary is missing"),
         (meta, sections | {"scores": sections["scores"][:-1]}, "expected 75 fp32 scores"),
         (meta, sections | {"scores": sections["scores"].double()}, "expected 75 fp32 scores"),
     ):

@@ -70,7 +70,7 @@ def test_head_and_dense() -> None:
         select.head(INDEX, ["tail"])
 
 
-@pytest.mark.parametrize("density", [0.05, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.9, 1.0])
 def test_random_is_exact_and_reproducible(density: float) -> None:
     mask = select.random(INDEX, density, 3, ["head"])
     state = torch.get_rng_state()
@@ -85,19 +85,16 @@ def test_random_is_exact_and_reproducible(density: float) -> None:
 def test_random_is_the_same_on_every_machine() -> None:
     """Pinned: masks that are shared between experiments must not change with a version."""
     mask = select.random(ParameterIndex({"w": (1000,)}), 0.005, 0)
-    assert mask.indices["w"].tolist() == PINNED
-
-
-PINNED: list[int] = []
+    assert mask.indices["w"].tolist() == [44, 239, 760, 933, 963]
 
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_random_sets_are_equally_likely(k: int) -> None:
-    """All C(6, k) = 15 subsets, above and below one half: chi-squared of 14 degrees stays below its 1e-6 quantile."""
+    """All C(6, k) = 15 subsets, below and above one half; 55 is beyond the 1e-6 quantile of chi-squared(14)."""
     index = ParameterIndex({"a": (2,), "b": (4,)})
     seen: Counter[tuple[int, ...]] = Counter()
-    for seed in range(3000):
+    for seed in range(1500):
         mask = select.random(index, k / 6 + 1e-9, seed)
         seen[tuple(mask.indices["a"].tolist() + [2 + i for i in mask.indices["b"].tolist()])] += 1
     assert set(seen) == set(combinations(range(6), k))
-    assert sum((count - 200) ** 2 / 200 for count in seen.values()) < 55
+    assert sum((count - 100) ** 2 / 100 for count in seen.values()) < 55

@@ -39,7 +39,11 @@ def test_sizes_classes_and_words_are_as_stated(lexicon):
         counts = Counter(split["label"])
         assert set(counts) == {"negative", "positive"} and min(counts.values()) / sum(counts.values()) > 0.4
         assert all(word.isascii() and word.isalpha() and word.islower() for word in split["text"])
-    labels = {word: label for split in lexicon.values() for word, label in zip(split["text"], split["label"])}
+    labels = {
+        word: label
+        for split in lexicon.values()
+        for word, label in zip(split["text"], split["label"], strict=True)
+    }
     assert labels["paranoid"] == "negative" and labels["lovely"] == "positive"
 
 
@@ -72,7 +76,8 @@ def test_digits_are_the_eight_by_eight_images():
             found[pixels, label] += 1
     images, labels = load_digits(return_X_y=True)
     expected = Counter(
-        (np.rint(image / 16 * 255).astype(np.uint8).tobytes(), int(label)) for image, label in zip(images, labels)
+        (np.rint(image / 16 * 255).astype(np.uint8).tobytes(), int(label))
+        for image, label in zip(images, labels, strict=True)
     )
     assert found == expected
     held = Counter(tables["validation"]["label"].to_pylist())

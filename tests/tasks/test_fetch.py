@@ -37,7 +37,9 @@ def test_two_fetches_give_the_same_bytes(run, folder, tmp_path):
 
 def test_every_format_gives_the_same_data(run, tmp_path, made):
     rows = {name: made.examples(count) for name, count in (("train", 30), ("validation", 12))}
-    lines = {n: [{"text": t, "label": k} for t, k in zip(r["text"], r["label"])] for n, r in rows.items()}
+    lines = {
+        n: [{"text": t, "label": k} for t, k in zip(r["text"], r["label"], strict=True)] for n, r in rows.items()
+    }
     writers = {
         "csv": lambda split: "text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in split),
         "tsv": lambda split: "text\tlabel\n" + "".join(f"{r['text']}\t{r['label']}\n" for r in split),

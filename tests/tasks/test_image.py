@@ -12,10 +12,14 @@ from PIL import Image
 from pipeline.errors import DataError
 from pipeline.tasks.base import Task
 from pipeline.tasks.cifar import augment
-from pipeline.tasks.decode import decode
+from pipeline.tasks.decode import decode as decode_rows
 from pipeline.tasks.fetch import fetch
 from pipeline.tasks.image import pixel_array, pixel_column, statistics
 from pipeline.tasks.raw import RawSplit
+
+
+def decode(split):
+    return decode_rows(split, np.arange(split.table.num_rows))
 
 
 def encoded(pixels_HWC, kind="PNG"):
@@ -40,6 +44,15 @@ def test_png_decodes_exactly(struct):
     assert kind == "PNG" and (pixels == colour.transpose(0, 3, 1, 2)).all()
     grey = images(5, (8, 8))
     assert (decode(split([encoded(i) for i in grey], "picture"))[0] == grey[:, None]).all()
+
+
+def test_only_the_rows_asked_for_are_decoded():
+    colour = images(4)
+    contents = [encoded(colour[0]), b"no image", encoded(colour[2])]
+    pixels, _ = decode_rows(split(contents), np.array([0, 2]))
+    assert (pixels == colour[[0, 2]].transpose(0, 3, 1, 2)).all()
+    with pytest.raises(DataError, match="row 1"):
+        decode_rows(split(contents), np.array([1, 2]))
 
 
 def test_grey_among_coloured_becomes_coloured():

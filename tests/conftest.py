@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 GOOD = "good great fine lovely happy bright kind warm sweet calm".split()
 BAD = "bad awful poor ugly sad dark cruel cold bitter angry".split()
 PLAIN = "the a film story day house road song walk meal was is felt seemed".split()
