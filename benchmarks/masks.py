@@ -5,8 +5,8 @@
     python -m benchmarks.masks --device cuda                        # results/masks-cuda.md
 
 The tensors are those of a MiniLM-shaped BERT, 22.7 M parameters. Scores are products of a row's and a column's
-log-normal share with noise, on a scale of each tensor's own, as Fisher scores are. Peak memory is the most a process
-of its own holds beyond the scores, the result included.
+log-normal share with noise, on a scale of each tensor's own, as Fisher scores are. Peak memory is the most a
+process of its own holds beyond the scores, the result included.
 """
 
 import resource
@@ -77,7 +77,7 @@ def peak(name: str, device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Mask.top_k({"warm": torch.rand(1000)}, 0.1)  # code and pools are no memory of the method's
+    Mask.top_k({"warm": torch.rand(300_000)}, 0.01)  # code and pools are no memory of the method's
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     hold = torch.ones((floor * 1024 - resident()) // 4)  # so that what is freed already does not hide the peak
     run()
@@ -126,8 +126,8 @@ def sizes(mask: Mask, path: Path) -> list[str]:
     bound = entropy(mask.index.total, mask.nnz)
     cells, rates = rate_model(mask)
     return [
-        f"{mask.nnz:,} of {mask.index.total:,}", f"{code:,}", f"{mask.save(path):,}", f"{bound:,.0f}", f"{code / bound:.3f}",
-        f"{cells:,.0f} + {rates:,.0f}", f"{code / (cells + rates):.2f}",
+        f"{mask.nnz:,} of {mask.index.total:,}", f"{code:,}", f"{mask.save(path):,}", f"{bound:,.0f}",
+        f"{code / bound:.3f}", f"{cells:,.0f} + {rates:,.0f}", f"{code / (cells + rates):.2f}",
     ]  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def main() -> None:
         "random 2 %": select.random(index, 0.02, 0),
     }
     masks |= {f"clustered {DENSITY:.1%}": small, "clustered 2 %": large}
-    masks |= {f"given: {Path(file).name} {i + 1}": Mask.load(file) for i, file in enumerate(chosen.mask)}
+    masks |= {file: Mask.load(file) for file in chosen.mask}
     file = Path(__file__).parent / "results" / "masks.tmp"
     file.parent.mkdir(exist_ok=True)
     columns = ["mask", "coordinates", "coded bytes", "file bytes", "log2 C(n,k) bytes", "coded / that",

@@ -49,12 +49,13 @@ def _rank(stage: Stage, task: Task, settings: ScoreParams, head: list[str], devi
     with ProgressLine(name) as line:
         for count in settings.examples:
             batches = task.examples(count, settings.batch_size, seed=seed, skip=seen)
-            part = fisher_diagonal(model, batches, kind=settings.kind, power=settings.power)
-            # The mean over all examples so far: weigh the new ones' mean by their share.
-            share = (count - seen) / count
-            scores = {n: s.lerp_(part[n], share) for n, s in scores.items()} if seen else part
-            seen = count
-            ranking = Ranking.of(scores, settings.keep, head, info | {"examples": count})
+            if batches.examples:
+                part = fisher_diagonal(model, batches, kind=settings.kind, power=settings.power)
+                # The mean over all examples so far: weigh the new ones' mean by their share.
+                share = batches.examples / (seen + batches.examples)
+                scores = {n: s.lerp_(part[n], share) for n, s in scores.items()} if seen else part
+                seen += batches.examples
+            ranking = Ranking.of(scores, settings.keep, head, info | {"examples": seen})
             size = ranking.save(stage.folder(seed) / f"examples-{count}.safetensors")
             stage.record(seed, **{f"examples-{count}": {"bytes": size, "digest": ranking.digest}})
             line.update(count, settings.examples[-1], "examples")

@@ -39,11 +39,7 @@ def map_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_leaves(value, change) for value in tree))
     if isinstance(tree, (list, tuple)):
-        return (
-            [map_leaves(v, change) for v in tree]
-            if isinstance(tree, list)
-            else tuple(map_leaves(v, change) for v in tree)
-        )
+        return type(tree)([map_leaves(value, change) for value in tree])
     return change(tree)
 
 

@@ -13,7 +13,8 @@ from pipeline.fisher.batches import moved, rows_of, size_of
 from pipeline.fisher.fallback import add_whole, close
 from pipeline.fisher.layers import rule_for, zero_scores
 from pipeline.fisher.objective import Loss, Objective
-from pipeline.fisher.plan import Plan, Planner, Single
+from pipeline.fisher.passes import Plan
+from pipeline.fisher.plan import Planner, Single
 from pipeline.fisher.products import Work
 from pipeline.fisher.trace import Calls, Graph
 
@@ -32,35 +33,36 @@ def fisher_diagonal(
     chunk: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Score every trainable parameter by the Fisher diagonal, averaged over N examples (Sung et al. 2021, section 3).
+    """Score every trainable parameter by its Fisher information, averaged over N examples.
 
-    With g_n the gradient of example n's own loss:
+    With g_n the gradient of example n's own loss (Sung, Nair and Raffel 2021, section 3):
 
     * label, square: F_i = (1/N) Σ_n g_n,i²; label, absolute: (1/N) Σ_n |g_n,i|;
     * expect, classes: (1/N) Σ_n Σ_y p(y|x_n) (∂ log p(y|x_n) / ∂θ_i)², over all classes y, without sampling;
-    * expect, regression: (1/N) Σ_n Σ_o (∂f_o(x_n) / ∂θ_i)², a Gaussian of unit variance; absolute: without the square.
+    * expect, regression: (1/N) Σ_n Σ_o (∂f_o(x_n) / ∂θ_i)², a Gaussian of unit variance;
+    * expect, absolute: |·| in place of (·)².
 
-    It is never the square of a batch's mean gradient. The model runs in eval mode (no dropout, BatchNorm on running
-    statistics) without autocast and TF32; its modes, gradients and hooks are as before when this returns or raises.
-    Neither the order nor the size of the batches changes more than rounding. One forward serves all backward
+    It is never the square of a batch's mean gradient. The model runs in eval mode (no dropout, BatchNorm on its
+    running statistics), without autocast or TF32; its modes, gradients and hooks are as before when this returns
+    or raises. Neither the order nor the size of the batches changes more than rounding. One forward serves all
     passes: one for "label" or two classes, C - 1 for C classes (C for "absolute"), one per regression output.
 
-    Every layer kind of ``layers.RULES`` works on whole batches; whatever else a model does with a parameter is found in
-    the autograd graph and takes an exact, slower way (``plan.py``). A model whose examples affect each other, such as
-    BatchNorm without running statistics, is run one example at a time.
+    Layer kinds in ``layers.RULES`` work on whole batches; whatever else a model does with a parameter is found in
+    the autograd graph and takes an exact, slower way (``plan.py``). A model whose examples affect each other, as
+    BatchNorm without running statistics makes them, is run one example at a time.
 
     Memory beyond the scores is that of the model's forward and backward, without weight gradients, plus ``chunk``.
 
     Args:
         model: any module whose loss is a function of its parameters.
-        batches: yields mappings with "labels" or pairs (inputs, targets): integer classes [B] with outputs [B, C], or
-            floats, for regression. Every tensor whose first dimension is B is cut by example.
+        batches: yields mappings with "labels" or pairs (inputs, targets): integer classes [B] with outputs [B, C],
+            or floats, for regression. Every tensor whose first dimension is B is cut by example.
         kind: "label" (empirical) or "expect".
         power: "square" or "absolute".
         examples: stop at exactly this many examples, cutting the last batch; None or more than there are: all.
         loss: (model, batch) -> per-example losses [B], in place of ``pipeline.losses.example_losses``.
-        chunk: bytes of temporary tensors a layer's rule may hold (one example's are held in any case); None: 16 MiB
-            on a CPU, 256 MiB elsewhere.
+        chunk: bytes of temporary tensors a layer's rule may hold (one example's are held in any case); None:
+            16 MiB on a CPU, 256 MiB elsewhere.
         device: where batches are moved; None: the device of the first parameter.
 
     Returns:
@@ -80,7 +82,7 @@ def fisher_diagonal(
     home = next(iter(parameters.values())).device
     if device is not None and _indexed(torch.device(device)) != _indexed(home):
         raise ParamsError(
-            f"device '{device}' was asked for but the model is on '{home}'; move it: model.to('{device}')"
+            f"device is '{device}' but the model is on '{home}'; move it first: model.to('{device}')"
         )
     work = Work(power, chunk or (16 if home.type == "cpu" else 256) * 2**20)
     with _evaluating(model, home):
@@ -95,7 +97,7 @@ def fisher_diagonal(
                 break
     if not scorer.seen:
         raise DataError("the batches hold no example; the Fisher diagonal is an average over at least one")
-    return {name: total.div_(scorer.seen).contiguous() for name, total in scorer.scores.items()}
+    return {name: _mean(total, scorer.seen) for name, total in scorer.scores.items()}
 
 
 class Scorer:
@@ -143,10 +145,8 @@ class Scorer:
         with Calls(self.model) as calls:
             root = self.objective.root(self.model, batch, size)
         if not root.requires_grad:
-            raise ModelError(
-                f"the {'loss' if self.objective.kind == 'label' else 'output'} of {type(self.model).__name__} depends "
-                "on no parameter that requires a gradient"
-            )
+            what = f"the {'loss' if self.objective.kind == 'label' else 'output'} of {type(self.model).__name__}"
+            raise ModelError(f"{what} depends on no parameter that requires a gradient")
         return calls, root, Graph(root)
 
     def _plan(self, batch: Any, size: int, calls: Calls, root: Tensor, graph: Graph) -> Plan | None:
@@ -208,7 +208,8 @@ def _full_precision() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    cudnn: Any = torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -217,6 +218,12 @@ def _full_precision() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+def _mean(total: Tensor, count: int) -> Tensor:
+    if total.is_contiguous():
+        return total.div_(count)
+    return torch.div(total, count, out=torch.empty(total.shape, dtype=total.dtype, device=total.device))
 
 
 def _indexed(device: torch.device) -> tuple[str, int]:

@@ -17,7 +17,7 @@ def close(x: Tensor, y: Tensor) -> bool:
     """Compare two computations of one thing, up to the rounding of another batch size.
 
     Returns:
-        Whether they agree: exactly for integers, else to a thousandth (a twentieth in half precision) of the largest.
+        Whether they agree: integers exactly, floats to a thousandth (half precision: a twentieth) of the largest.
     """
     if x.shape != y.shape:
         return False
@@ -142,7 +142,7 @@ def add_whole(
         scores: where to add them.
         work: the power.
         hidden: a Python autograd function uses parameters out of autograd's sight (reentrant checkpointing), which
-            only a full ``backward`` supports; it runs on a copy, to leave the model's own gradients and hooks alone.
+            only a full ``backward`` supports; it runs on a copy, to leave the model's gradients and hooks alone.
     """
     totals = {name: torch.zeros_like(scores[name]) for name in parameters}
     if hidden:

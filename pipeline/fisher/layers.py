@@ -1,7 +1,7 @@
 """Exact per-example squares, one rule per layer kind, from the layer's input and the gradient at its output.
 
-A rule adds Σ_n ψ(∂ℓ_n/∂parameter) to the scores of the parameters it is given. It holds for exactly the module types
-in ``RULES`` with their own ``forward``; whatever else a model has takes the exact fallback in ``fallback.py``.
+A rule adds Σ_n ψ(∂ℓ_n/∂parameter) to the scores of the parameters it is given. It holds for exactly the module
+types in ``RULES`` with their own ``forward``; whatever else a model has takes an exact way of ``fallback.py``.
 
 Shape legend: B examples, T positions (everything between example and feature), D features, L output positions of a
 convolution, K kernel elements.
@@ -26,7 +26,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     """Find the rule of a module.
 
     Returns:
-        The rule, or None if the module's type, options, hooks or a replaced ``forward`` make its arithmetic unknown.
+        The rule, or None if the module's type, options, hooks or replaced ``forward`` make its arithmetic unknown.
     """
     kind = type(module)
     rule = RULES.get(kind)
@@ -86,9 +86,12 @@ def _add_sum(g_BTD: Tensor, into: Tensor, work: Work) -> None:
 
 def _linear(module: nn.Module, a: Tensor, g: Tensor, into: Into, work: Work) -> None:
     a_BTI, g_BTO = _tokens(a), _tokens(g)
-    for part in work.groups(len(g), 4 * (a_BTI[0].numel() + g_BTO[0].numel()) if a.dtype.itemsize < 4 else 0):
-        if "weight" in into:
-            add_outer(g_BTO[part], a_BTI[part], into["weight"], work)
+    if "weight" in into:
+        weight = into["weight"]
+        # Half precision is converted a group at a time; otherwise nothing is copied.
+        copied = 0 if a.dtype == g.dtype == weight.dtype else a_BTI[0].numel() + g_BTO[0].numel()
+        for part in work.groups(len(g), copied * weight.element_size()):
+            add_outer(g_BTO[part], a_BTI[part], weight, work)
     if "bias" in into:
         _add_sum(g_BTO, into["bias"], work)
 
@@ -114,21 +117,28 @@ def _embedding(module: nn.Embedding, ids: Tensor, g: Tensor, into: Into, work: W
         weight.index_add_(0, tokens, work.psi(sums))
 
 
+def _channels(x: Tensor) -> Tensor:
+    """View [B, C, *space] as [B, L, C].
+
+    Returns:
+        The view, or a copy where the strides do not allow one.
+    """
+    return x.reshape(len(x), x.shape[1], -1).transpose(1, 2)
+
+
 def _scaled(
-    x_hat: Callable[[Tensor], Tensor], a: Tensor, g: Tensor, into: Into, work: Work, features: int
+    normalise: Callable[[Tensor], Tensor], a: Tensor, g: Tensor, into: Into, work: Work, features: int
 ) -> None:
-    """Add the scores of y = weight · x̂ + bias, whose gradients are Σ_t g x̂ and Σ_t g."""
-    if features == 0:  # [B, C, *space]: channels second
-        g_all = g.reshape(len(g), g.shape[1], -1).transpose(1, 2)
-    else:
-        g_all = _tokens(g, features)
+    """Add the scores of y = weight · x̂ + bias, whose gradients are Σ_t g x̂ and Σ_t g.
+
+    ``features`` counts the trailing dimensions that are scaled; 0 stands for channels, [B, C, *space].
+    """
     some = next(iter(into.values()))
-    for part in work.groups(len(g), 3 * g_all[0].numel() * some.element_size()):
-        g_BTD = g_all[part].to(some.dtype)
+    for part in work.groups(len(g), 3 * g[0].numel() * some.element_size()):
+        g_BTD = (_tokens(g[part], features) if features else _channels(g[part])).to(some.dtype)
         if "weight" in into:
-            x = x_hat(a[part].to(some.dtype))
-            x_BTD = x.reshape(len(x), x.shape[1], -1).transpose(1, 2) if features == 0 else _tokens(x, features)
-            _add_sum(g_BTD * x_BTD, into["weight"], work)
+            x = normalise(a[part].to(some.dtype))
+            _add_sum(g_BTD * (_tokens(x, features) if features else _channels(x)), into["weight"], work)
         if "bias" in into:
             _add_sum(g_BTD, into["bias"], work)
 
@@ -149,14 +159,14 @@ def _group_norm(module: nn.GroupNorm, a: Tensor, g: Tensor, into: Into, work: Wo
 
 
 def _batch_norm(module: nn.BatchNorm2d, a: Tensor, g: Tensor, into: Into, work: Work) -> None:
-    assert module.running_mean is not None and module.running_var is not None
+    mean, variance = module.running_mean, module.running_var
+    assert mean is not None and variance is not None  # rule_for
     shape = (-1, *[1] * (a.ndim - 2))
 
-    def x_hat(x: Tensor) -> Tensor:
-        mean, variance = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)  # type: ignore[union-attr]
-        return (x - mean.view(shape)) * (variance + module.eps).rsqrt().view(shape)
+    def normalise(x: Tensor) -> Tensor:
+        return (x - mean.to(x.dtype).view(shape)) * (variance.to(x.dtype) + module.eps).rsqrt().view(shape)
 
-    _scaled(x_hat, a, g, into, work, 0)
+    _scaled(normalise, a, g, into, work, 0)
 
 
 def _padded(module: Any, a: Tensor) -> Tensor:
@@ -179,7 +189,7 @@ def _padded(module: Any, a: Tensor) -> Tensor:
 
 def _convolution(module: Any, a: Tensor, g: Tensor, into: Into, work: Work) -> None:
     if "bias" in into:
-        _add_sum(g.reshape(len(g), g.shape[1], -1).transpose(1, 2), into["bias"], work)
+        _add_sum(_channels(g), into["bias"], work)
     if "weight" not in into:
         return
     if module.groups == 1 and not module.transposed and len(module.kernel_size) <= 2:
@@ -189,7 +199,7 @@ def _convolution(module: Any, a: Tensor, g: Tensor, into: Into, work: Work) -> N
 
 
 def _dense_convolution(module: Any, a: Tensor, g: Tensor, weight: Tensor, work: Work) -> None:
-    """Write the convolution as a product with its columns [B, L, K·C]; channels last, so each copy is a long run."""
+    """Take the convolution as a product with its columns [B, L, K·C]; channels last makes each copy a long run."""
     if len(module.kernel_size) == 1:
         a, g = a.unsqueeze(2), g.unsqueeze(2)
     height, width = (1, *module.kernel_size)[-2:]

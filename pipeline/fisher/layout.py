@@ -26,7 +26,8 @@ class Layout:
         """
         if self.size == 1:
             return x.unsqueeze(0)
-        return x.unflatten(self.dim, (self.size, self.rows)).movedim(self.dim, 0)
+        rows: Tensor = x.unflatten(self.dim, (self.size, self.rows))
+        return rows.movedim(self.dim, 0)
 
     def part(self, x: Tensor, n: int) -> Tensor:
         """Cut example ``n`` out, as the model would have seen it alone.

@@ -1,18 +1,19 @@
 """Parameters without examples in their own gradient: taken where they first meet the examples.
 
-A bias added to [B, T, D], position embeddings [1, T, D], a class token expanded to [B, 1, D], a per-channel scale: in
-each, autograd sums over the examples before the parameter's gradient exists. One step earlier they are still apart.
+A bias added to [B, T, D], position embeddings [1, T, D], a class token expanded to [B, 1, D], a scale per channel:
+for each, autograd sums over the examples before the parameter's gradient exists. One step earlier they are apart.
 
 Shape legend: B examples.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from pipeline.fisher.layout import Layout, layout_of
-from pipeline.fisher.trace import Edge, Graph
+from pipeline.fisher.trace import Consumer, Edge
 from pipeline.parameters import Shape
 
 Use = tuple[str, Shape]
@@ -50,7 +51,7 @@ class Lift:
         return each.reshape(len(each), *self.shape)
 
 
-def use_of(graph: Graph, uses: list[tuple[object, int, int]] | list) -> Use | None:
+def use_of(uses: list[Consumer]) -> Use | None:
     """Name the one operation in ``uses``.
 
     Returns:
@@ -58,17 +59,16 @@ def use_of(graph: Graph, uses: list[tuple[object, int, int]] | list) -> Use | No
     """
     if len(uses) != 1:
         return None
-    node = uses[0][0]
+    node: Any = uses[0][0]
     metadata = node._input_metadata
     return (node.name(), tuple(metadata[0].shape)) if len(metadata) == 1 else None
 
 
-def lift_of(graph: Graph, uses: list, single: Use | None, shape: Shape, size: int) -> Lift | None:
+def lift_of(uses: list[Consumer], single: Use | None, shape: Shape, size: int) -> Lift | None:
     """Lift a tensor of ``shape``, the same for all examples, to its only use.
 
     Args:
-        graph: the graph of the batch.
-        uses: its consumers in there.
+        uses: its consumers in the graph of the batch.
         single: its use when one example was run alone.
         shape: its shape.
         size: B.
@@ -76,10 +76,11 @@ def lift_of(graph: Graph, uses: list, single: Use | None, shape: Shape, size: in
     Returns:
         The lift, or None if the use is another operation, or has no examples.
     """
-    use = use_of(graph, uses)
+    use = use_of(uses)
     if use is None or single is None or use[0] != single[0]:
         return None
-    node, position, _ = uses[0]
+    node: Any = uses[0][0]
+    position = uses[0][1]
     layout = layout_of(use[1], single[1], size)
     if layout is None or math.prod(use[1]) == 0 or len(use[1]) < len(shape):
         return None

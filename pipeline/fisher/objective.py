@@ -43,12 +43,7 @@ class Objective:
             DataError: if targets are missing or do not fit the outputs, or a value is not finite.
         """
         if self.kind == "label":
-            try:
-                root = (self.loss or example_losses)(model, batch)
-            except ValueError as error:
-                if self.loss is not None:
-                    raise
-                raise DataError(str(error)) from error
+            root = self.loss(model, batch) if self.loss else _default_losses(model, batch)
             if not isinstance(root, Tensor) or root.shape != (size,):
                 shape = list(root.shape) if isinstance(root, Tensor) else type(root).__name__
                 raise DataError(
@@ -59,8 +54,8 @@ class Objective:
             root = outputs_of(model, batch)
             if root.ndim == 0 or len(root) != size or (not _regression(batch) and root.ndim != 2):
                 raise DataError(
-                    f"kind='expect' found outputs {list(root.shape)} for {size} examples; expected [{size}, classes]"
-                    " with integer targets, or one row per example with float targets"
+                    f"kind='expect' found outputs {list(root.shape)} for {size} examples; expected "
+                    f"[{size}, classes] with integer targets, or one row per example with float targets"
                 )
             root = root.reshape(size, -1)
         if root.dtype in (torch.float16, torch.bfloat16):
@@ -75,8 +70,8 @@ class Objective:
     def seeds(self, root: Tensor, batch: Any) -> list[Tensor]:
         """Seeds of the backward passes, each shaped like the root.
 
-        Classes: Σ_y p_y (∂ log p_y)² = diag(Jᵀ (diag(p) - p pᵀ) J), so any factor S Sᵀ of that matrix gives C - 1 exact
-        passes. The absolute value does not factor: Σ_y p_y |∂ log p_y| takes C, except that two classes share one.
+        Classes: Σ_y p_y (∂ log p_y)² = diag(Jᵀ (diag(p) - p pᵀ) J), so any factor S Sᵀ of that matrix gives C - 1
+        exact passes. The absolute value does not factor: Σ_y p_y |∂ log p_y| takes C, but two classes share one.
 
         Returns:
             One tensor per pass.
@@ -96,6 +91,15 @@ class Objective:
         else:
             seeds = [p_BC[:, c : c + 1] * (_one_hot(p_BC, c) - p_BC) for c in range(classes)]
         return [seed.to(root.dtype) for seed in seeds]
+
+
+def _default_losses(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, Mapping) and "labels" not in batch:
+        raise DataError(f"a batch has no 'labels', only {', '.join(map(str, batch))}; add them, or pass loss=")
+    try:
+        return example_losses(model, batch)
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _factor(p_BC: Tensor) -> list[Tensor]:

@@ -8,24 +8,23 @@ A way is taken only where it is known to be exact:
 * whole: the whole model, one example at a time.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from pipeline.fisher.batches import leaves_of
 from pipeline.fisher.fallback import Replay
 from pipeline.fisher.layers import Rule, takes_planes
 from pipeline.fisher.layout import Layout, layout_of
 from pipeline.fisher.lifts import Lift, lift_of, use_of
+from pipeline.fisher.passes import Handler, Plan
 from pipeline.fisher.products import Work
-from pipeline.fisher.trace import Call, Calls, Edge, Graph
+from pipeline.fisher.trace import Call, Calls, Graph
 from pipeline.parameters import Shape
 
-Handler = Callable[[Tensor], None]
 PLAIN = (Tensor, bool, int, float, str, bytes, type(None), torch.dtype, torch.device, slice)
 
 
@@ -51,69 +50,13 @@ class Single:
             The shapes.
         """
         once = calls.once()
-        uses = {name: use_of(graph, graph.uses(p)) for name, p in parameters.items()}
+        uses = {name: use_of(graph.uses(p)) for name, p in parameters.items()}
         for name, call in once.items():
             if len(call.edges) == 1 and (edge := call.edges[0]) and edge[0] in graph:
-                uses["output of " + name] = use_of(graph, graph.consumers[edge[0]])
+                uses["output of " + name] = use_of(graph.consumers[edge[0]])
         inputs = {name: [tuple(x.shape) for x in call.inputs] for name, call in once.items()}
         outputs = {name: [tuple(x.shape) for x in call.outputs] for name, call in once.items()}
         return cls(inputs, outputs, uses)
-
-
-@dataclass
-class Plan:
-    """Handlers of gradients at places in the graph, replays, and what is left for the whole model.
-
-    Attributes:
-        taps: place in the graph -> what to do with the gradient there.
-        replays: modules to run again.
-        whole: names whose scores take the whole model, one example at a time.
-        routes: name -> its way: "rule", "lift", "replay <module>", "whole" or "unused".
-        checks: (module, its argument, where the examples are), for comparing with a single example.
-    """
-
-    taps: dict[Edge, list[Handler]] = field(default_factory=dict)
-    replays: list[Replay] = field(default_factory=list)
-    whole: list[str] = field(default_factory=list)
-    routes: dict[str, str] = field(default_factory=dict)
-    checks: list[tuple[str, Tensor, Layout]] = field(default_factory=list)
-
-    def tap(self, edge: Edge, handler: Handler) -> None:
-        """Have ``handler`` called with the gradient at ``edge`` of every backward pass."""
-        self.taps.setdefault(edge, []).append(handler)
-
-    def backward(self, root: Tensor, seeds: list[Tensor], graph: Graph) -> None:
-        """Run one backward pass per seed, calling handlers as gradients arrive; no weight gradient is formed."""
-        sinks = graph.sinks(self.taps)
-        hooks = []
-        for (node, number), handlers in self.taps.items():
-            if (node, number) not in sinks:
-                hooks.append(node.register_prehook(_prehook(number, handlers)))
-        try:
-            for i, seed in enumerate(seeds):
-                edges = [GradientEdge(*edge) for edge in sinks]
-                more = i + 1 < len(seeds)
-                grads = (
-                    torch.autograd.grad(root, edges, seed, retain_graph=more, allow_unused=True) if edges else ()
-                )
-                for edge, grad in zip(sinks, grads, strict=True):
-                    if grad is not None:
-                        for handler in self.taps[edge]:
-                            handler(grad)
-                for replay in self.replays:
-                    replay.run()
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _prehook(number: int, handlers: list[Handler]) -> Callable[[tuple[Tensor, ...]], None]:
-    def hook(grads: tuple[Tensor, ...]) -> None:
-        if grads[number] is not None:
-            for handler in handlers:
-                handler(grads[number])
-
-    return hook
 
 
 class Planner:
@@ -160,12 +103,12 @@ class Planner:
         for name, p in self.parameters.items():
             if name in plan.routes:
                 continue
-            lift = lift_of(graph, graph.uses(p), single.uses.get(name), tuple(p.shape), size)
+            lift = lift_of(graph.uses(p), single.uses.get(name), tuple(p.shape), size)
             if lift is not None:
                 plan.tap(lift.edge, _lifted(lift, scores[name], self.work))
                 plan.routes[name] = "lift"
         replays: dict[str, list[str]] = {}
-        for name, p in self.parameters.items():
+        for name in self.parameters:
             if name in plan.routes:
                 continue
             module = self._enclosing(name, once, graph, single, size) if size > 1 else None
@@ -209,12 +152,7 @@ class Planner:
         handler: Handler
         if (planes := takes_planes(module)) is not None:
             space = a.ndim - 2
-            if (
-                space < 0
-                or planes not in (-1, space)
-                or len(a) != size
-                or layout not in (_FIRST, Layout(0, 1, size))
-            ):
+            if space < 0 or planes not in (-1, space) or len(a) != size or layout != Layout(0, 1, size):
                 return
             handler = lambda g: rule(module, a, g, into, self.work)  # noqa: E731
         elif layout is not None and layout == layout_of(tuple(out.shape), out_shape, size):
@@ -224,7 +162,7 @@ class Planner:
             handler = lambda g: rule(module, where.split(a), where.split(g), into, self.work)  # noqa: E731
         else:
             shape = tuple(out.shape)
-            lift = lift_of(graph, graph.consumers[edge[0]], single.uses.get("output of " + call.name), shape, size)
+            lift = lift_of(graph.consumers[edge[0]], single.uses.get("output of " + call.name), shape, size)
             if tuple(a.shape) != in_shape or shape != out_shape or lift is None:
                 return
             # The same for every example, as position embeddings [1, T, D] are: autograd sums over the examples
@@ -235,7 +173,8 @@ class Planner:
         plan.tap(edge, handler)
         plan.routes.update(dict.fromkeys(names.values(), "rule"))
         # Several layers may read one tensor, as queries, keys and values do; once is enough.
-        if layout is not None and size > 1 and not any(a.data_ptr() == other.data_ptr() for _, other, _ in plan.checks):
+        seen = any(a.data_ptr() == other.data_ptr() for _, other, _ in plan.checks)
+        if layout is not None and size > 1 and not seen:
             plan.checks.append((call.name, a, layout))
 
     def _enclosing(
@@ -301,9 +240,6 @@ class Planner:
             assert edge is not None and layout is not None
             plan.tap(edge, replay.output(i, out.detach(), layout))
         plan.replays.append(replay)
-
-
-_FIRST = Layout(0, 1, 1)
 
 
 def _features(module: nn.Module) -> int:

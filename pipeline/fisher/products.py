@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows and columns of a tile of G_n on a CPU: it and its accumulator are written once per example, so they should stay
-# in cache, yet a small tile makes a slow matrix product. 384 was best of 32 to 1,536 on a Zen 3 with 512 kB of L2.
+# Rows and columns of a tile of G_n on a CPU. It and its accumulator are written once per example, so they should
+# stay in cache, yet small tiles make slow matrix products: 384 was the best of 32 to 1,536 (Zen 3, 512 kB of L2).
 TILE = 384
 # Up to this many positions, one product over all pairs of positions beats B small products (SPEED.md).
-FEW = 4
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -70,26 +70,35 @@ def add_outer(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None
         _tiled(g_BTO, a_BTI, into_OI, work)
 
 
-def _tiled(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
+def _tiles(into_OI: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Cut a weight into tiles of at most TILE x TILE elements.
+
+    Yields:
+        The rows, the columns, and that part of ``into_OI``.
+    """
     outputs, inputs = into_OI.shape
-    columns = min(inputs, TILE if outputs >= TILE else TILE * TILE // outputs)
-    rows = min(outputs, max(1, TILE * TILE // columns))
-    product_space, total_space = into_OI.new_empty(rows * columns), into_OI.new_empty(rows * columns)
-    for top in range(0, outputs, rows):
-        for left in range(0, inputs, columns):
-            corner = into_OI[top : top + rows, left : left + columns]
-            # The last tiles are smaller; viewed from the start of the buffers they stay contiguous.
-            product = product_space[: corner.numel()].view(corner.shape)
-            total = total_space[: corner.numel()].view(corner.shape).zero_()
-            g_tile, a_tile = g_BTO[:, :, top : top + rows], a_BTI[:, :, left : left + columns]
-            for g_TO, a_TI in zip(g_tile.unbind(0), a_tile.unbind(0), strict=True):
-                torch.mm(g_TO.t(), a_TI, out=product)
-                if work.power == "square":
-                    total.addcmul_(product, product)
-                else:
-                    total.add_(product.abs_())
-            # Summing a batch apart from the running total keeps rounding from growing with the number of examples.
-            corner.add_(total)
+    width = min(inputs, TILE if outputs >= TILE else TILE * TILE // outputs)
+    height = min(outputs, max(1, TILE * TILE // width))
+    for top in range(0, outputs, height):
+        for left in range(0, inputs, width):
+            rows, columns = slice(top, top + height), slice(left, left + width)
+            yield rows, columns, into_OI[rows, columns]
+
+
+def _tiled(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
+    space = into_OI.new_empty(2, min(into_OI.numel(), TILE * TILE))
+    for rows, columns, corner in _tiles(into_OI):
+        # The last tiles are smaller; viewed from the start of the buffers they stay contiguous.
+        product, total = (buffer[: corner.numel()].view(corner.shape) for buffer in space)
+        total.zero_()
+        for g_TO, a_TI in zip(g_BTO[:, :, rows].unbind(0), a_BTI[:, :, columns].unbind(0), strict=True):
+            torch.mm(g_TO.t(), a_TI, out=product)
+            if work.power == "square":
+                total.addcmul_(product, product)
+            else:
+                total.add_(product.abs_())
+        # Summing a batch apart from the running total keeps rounding from growing with the number of examples.
+        corner.add_(total)
 
 
 def _batched(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
@@ -107,29 +116,27 @@ def _batched(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
 def _pairs(g_BTO: Tensor, a_BTI: Tensor, into_OI: Tensor, work: Work) -> None:
     """Expand the square: G² = Σ_{s≤t} (2 - [s=t]) g_s g_t a_s a_t, one matrix product over all examples and pairs.
 
-    The expansion cancels where G_n is small against its terms, so a block of rows whose rounding error could matter
+    The expansion cancels where G_n is small against its terms, so a tile whose rounding error could matter
     beside its largest score is computed the other way.
     """
     size, positions, outputs = g_BTO.shape
     inputs = a_BTI.shape[2]
     pairs = positions * (positions + 1) // 2
-    block = max(1, TILE * TILE // inputs)
+    space = into_OI.new_empty(min(into_OI.numel(), TILE * TILE))
     for group in work.groups(size, pairs * (outputs + inputs) * into_OI.element_size()):
-        g_PO = _pair_products(g_BTO[group], 2.0).view(-1, outputs)
-        a_PI = _pair_products(a_BTI[group], 1.0).view(-1, inputs)
-        g_abs_BO, a_abs_BI = g_BTO[group].abs().sum(1).square_(), a_BTI[group].abs().sum(1).square_()
-        space = into_OI.new_empty(min(block, outputs), inputs)
-        for top in range(0, outputs, block):
-            rows = into_OI[top : top + block]
-            total = space[: len(rows)]
-            torch.mm(g_abs_BO[:, top : top + block].t(), a_abs_BI, out=total)
-            bound = float(total.max())
-            torch.mm(g_PO[:, top : top + block].t(), a_PI, out=total)
-            # eps · bound is the order of the error; 100 · eps in fp32 is a tenth of what CORRECTNESS 3 allows.
-            if bound <= 100 * float(total.max()):
-                rows.add_(total.clamp_(min=0))
+        g, a = g_BTO[group], a_BTI[group]
+        g_PO = _pair_products(g, 2.0).view(-1, outputs)
+        a_PI = _pair_products(a, 1.0).view(-1, inputs)
+        g_most_BO, a_most_BI = g.abs().sum(1).square_(), a.abs().sum(1).square_()
+        for rows, columns, corner in _tiles(into_OI):
+            total = space[: corner.numel()].view(corner.shape)
+            most = float(torch.mm(g_most_BO[:, rows].t(), a_most_BI[:, columns], out=total).max())
+            torch.mm(g_PO[:, rows].t(), a_PI[:, columns], out=total)
+            # eps · most is the order of the error; 100 · eps in fp32 is a tenth of what CORRECTNESS 3 allows.
+            if most <= 100 * float(total.max()):
+                corner.add_(total.clamp_(min=0))
             else:
-                _tiled(g_BTO[group, :, top : top + block], a_BTI[group], rows, work)
+                _tiled(g[:, :, rows], a[:, :, columns], corner, work)
 
 
 def _pair_products(x_BTD: Tensor, weight: float) -> Tensor:

@@ -1,6 +1,6 @@
 """The oracle: one example at a time in float64, by plain autograd and the definition alone.
 
-Slow and simple on purpose: it shares no rule, hook or factorisation with ``diagonal.py``, whose tests compare with it.
+Slow and simple on purpose: it shares no rule, hook or factorisation with ``diagonal.py``, whose tests need it.
 """
 
 import copy
@@ -84,4 +84,4 @@ def _terms(model: nn.Module, example: Any, kind: str, loss: Loss | None) -> list
         if targets_of(example).is_floating_point():
             return [(1.0, value) for value in outputs]
         logs = outputs.log_softmax(0)
-        return [(float(log.exp()), log) for log in logs]
+        return [(float(log.detach().exp()), log) for log in logs]

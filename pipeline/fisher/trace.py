@@ -12,6 +12,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from pipeline.fisher.batches import leaves_of
 
 Edge = tuple[Node, int]
+Consumer = tuple[Node, int, int]
 
 
 @dataclass
@@ -125,7 +126,7 @@ class Graph:
 
     def __init__(self, root: Tensor) -> None:
         self.order: list[Node] = []
-        self.consumers: defaultdict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
+        self.consumers: defaultdict[Node, list[Consumer]] = defaultdict(list)
         self.leaves: dict[int, Node] = {}
         self.opaque = False
         self.reentrant = False
@@ -165,7 +166,7 @@ class Graph:
     def __contains__(self, node: object) -> bool:
         return node in self.consumers or (bool(self.order) and node is self.order[-1])
 
-    def uses(self, parameter: Tensor) -> list[tuple[Node, int, int]]:
+    def uses(self, parameter: Tensor) -> list[Consumer]:
         """List the consumers of a parameter.
 
         Returns:

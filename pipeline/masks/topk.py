@@ -100,12 +100,13 @@ def _collect(source: _Scores, floor: float, limit: int) -> tuple[Tensor, Tensor,
     values: list[Tensor] = []
     coordinates: list[Tensor] = []
     counts, found, full = [], 0, False
+    flags = np.empty(_CHUNK, dtype=bool)
     for name in source.flat:
         before = found
         for start, chunk in source.chunks(name):
             if _check(name, chunk) < floor or full:
                 continue
-            at = _nonzero(chunk >= floor)
+            at = _reaching(chunk, floor, flags)
             found += at.numel()
             full = found > limit  # go on checking the remaining scores, but keep no more of them
             if not full:
@@ -136,6 +137,15 @@ def _check(name: str, chunk: Tensor) -> float:
         return high
     what = "a negative value" if low < 0.0 else "an infinite value" if high == float("inf") else "NaN"
     raise ParamsError(f"scores of tensor '{name}' hold {what}; expected finite, non-negative numbers")
+
+
+def _reaching(chunk: Tensor, floor: float, flags: np.ndarray) -> Tensor:
+    """Find where a chunk reaches ``floor``; ``flags`` is room for the answers, which saves page faults."""
+    if chunk.device.type != "cpu":
+        return _nonzero(chunk >= floor)
+    array = chunk.numpy()
+    np.greater_equal(array, array.dtype.type(floor), out=flags[: len(array)])
+    return torch.from_numpy(np.flatnonzero(flags[: len(array)]))
 
 
 def _nonzero(flags: Tensor) -> Tensor:

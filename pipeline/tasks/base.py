@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from pipeline.errors import DataError, ModelError, ParamsError
-from pipeline.losses import Batch, losses_from, outputs_of, targets_of, to_device
+from pipeline.losses import Batch
 from pipeline.tasks import cifar, metrics
 from pipeline.tasks.batches import Batches, by_length, cut, shuffled
 from pipeline.tasks.draws import Rows, permutation, split_by_group
+from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.image import ImageSplit, pixel_array
 from pipeline.tasks.models import load_model
 from pipeline.tasks.settings import ModelSettings
@@ -227,9 +228,10 @@ class Task:
         self, count: int, batch_size: int, *, seed: int, skip: int = 0, split: str = "train",
         device: torch.device | None = None,
     ) -> Batches:  # fmt: skip
-        """Draw examples for scoring: never augmented, in a fixed order that the seed decides.
+        """Draw examples for scoring: never augmented, a fixed choice that the seed decides.
 
-        A draw of n begins with the draw of any m < n: ``examples(n, ..., skip=m)`` is the rest. Where the split
+        A draw of n holds the draw of any m < n: ``examples(n, ..., skip=m)`` is the rest. Within a draw texts of
+        similar length stand together, since scores do not depend on the order. Where the split
         has fewer than ``count`` examples, all of them are drawn (``.examples`` says how many).
 
         Args:
@@ -245,7 +247,7 @@ class Task:
         """
         data, rows = self._split(split), self.rows(split)
         drawn = rows[permutation(len(rows), seed, 3)][skip:count]
-        return Batches(cut(drawn, batch_size), lambda _, group: data.batch(group, device))
+        return Batches(by_length(drawn, batch_size, data.lengths), lambda _, group: data.batch(group, device))
 
     def evaluate(
         self, model: nn.Module, split: str, batch_size: int,
@@ -270,25 +272,8 @@ class Task:
         if not self.manifest["splits"].get(split, {"labelled": True})["labelled"]:
             raise DataError(f"{self._folder}: split '{split}' has no labels to score against; use {self.reported}")
         where = torch.device(device) if device is not None else next(model.parameters()).device
-        outputs: list[torch.Tensor] = []
-        targets: list[torch.Tensor] = []
-        losses: list[torch.Tensor] = []
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                for group in by_length(rows, batch_size, data.lengths):
-                    batch = to_device(data.batch(group, where), where)
-                    with torch.autocast(where.type, dtype=autocast, enabled=autocast is not None):
-                        result = outputs_of(model, batch)
-                    outputs.append(result.float())
-                    targets.append(targets_of(batch))
-                    losses.append(losses_from(outputs[-1], targets[-1]))
-        finally:
-            model.train(training)
-        labels = torch.cat(targets).cpu().numpy()
-        scores = metrics.score(self.metric, torch.cat(outputs).cpu().numpy(), labels)
-        return scores | {"loss": float(torch.cat(losses).double().mean())}
+        batches = Batches(by_length(rows, batch_size, data.lengths), lambda _, group: data.batch(group, where))
+        return evaluate(model, batches, self.metric, where, autocast)
 
     def _split(self, split: str) -> TextSplit | ImageSplit:
         file = "train" if split in ("fit", "tune") else split

@@ -1,4 +1,4 @@
-"""The models on which fisher_diagonal must agree with its oracle: `case` (layer kinds) and `network` (architectures)."""
+"""The models on which fisher_diagonal must agree with its oracle: `case` and `network`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,7 +58,10 @@ def after(layer: nn.Module, *shape: int, width: int, fast: bool = True) -> Case:
     """The layer between a first Linear and a head, on [B, *shape]."""
     first = nn.Linear(shape[-1], shape[-1])
     net = Net(
-        lambda s, x: s.fc(torch.tanh(s.layer(s.first(x))).flatten(1)), first=first, layer=layer, fc=nn.Linear(width, 3)
+        lambda s, x: s.fc(torch.tanh(s.layer(s.first(x))).flatten(1)),
+        first=first,
+        layer=layer,
+        fc=nn.Linear(width, 3),
     )
     return Case(net, floats(*shape), fast)
 
@@ -235,7 +238,9 @@ def coupled() -> Case:
 
 
 def experts() -> Case:
-    net = Net(lambda s, x: s.fc(s.moe(s.first(x)).mean(1)), first=nn.Linear(4, 4), moe=Experts(), fc=nn.Linear(4, 3))
+    net = Net(
+        lambda s, x: s.fc(s.moe(s.first(x)).mean(1)), first=nn.Linear(4, 4), moe=Experts(), fc=nn.Linear(4, 3)
+    )
     return Case(net, floats(3, 4), False)
 
 
@@ -276,7 +281,9 @@ def regression(outputs: int) -> Case:
 
 CASES: dict[str, Callable[[], Case]] = {
     "linear": lambda: Case(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), floats(4), True),
-    "linear-two-classes": lambda: Case(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), floats(4, classes=2), True),
+    "linear-two-classes": lambda: Case(
+        nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), floats(4, classes=2), True
+    ),
     "linear-many-positions": lambda: after(nn.Linear(80, 90), 9, 80, width=810),
     "linear-few-positions": lambda: after(nn.Linear(80, 90, bias=False), 3, 80, width=270),
     "linear-more-dimensions": lambda: after(nn.Linear(4, 4), 2, 3, 4, width=24),
@@ -284,10 +291,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "conv1d-dilated": lambda: convolution(nn.Conv1d(3, 4, 3, dilation=2, stride=2, bias=False), 3, 11, head=4),
     "conv2d": lambda: convolution(nn.Conv2d(3, 4, 3, padding=1), 3, 6, 6, head=4),
     "conv2d-strided": lambda: convolution(nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 0)), 3, 7, 6, head=4),
-    "conv2d-dilated-same": lambda: convolution(nn.Conv2d(3, 4, (2, 3), dilation=2, padding="same"), 3, 6, 7, head=4),
+    "conv2d-dilated-same": lambda: convolution(
+        nn.Conv2d(3, 4, (2, 3), dilation=2, padding="same"), 3, 6, 7, head=4
+    ),
     "conv2d-grouped": lambda: convolution(nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), 4, 6, 6, head=6),
     "conv2d-depthwise": lambda: convolution(nn.Conv2d(4, 4, 3, groups=4, padding=1), 4, 6, 6, head=4),
-    "conv2d-reflect": lambda: convolution(nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="reflect"), 3, 6, 6, head=4),
+    "conv2d-reflect": lambda: convolution(
+        nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="reflect"), 3, 6, 6, head=4
+    ),
     "conv2d-large": lambda: convolution(nn.Conv2d(24, 32, 3, padding=1), 24, 4, 4, head=32),
     "conv3d": lambda: convolution(nn.Conv3d(2, 4, 2, padding=1), 2, 3, 4, 3, head=4),
     "conv-transposed": lambda: convolution(
@@ -340,3 +351,92 @@ CASES: dict[str, Callable[[], Case]] = {
 def case(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(0)
     return CASES[request.param]()
+
+
+@dataclass
+class Network(Case):
+    """An architecture built from its config, tiny.
+
+    ConvNeXt's own LayerNorms, ALBERT's shared layers and torchvision's attention have no rule.
+    """
+
+    label_only: bool = False
+
+
+def text_batches(vocabulary: int = 50) -> list[dict[str, Tensor]]:
+    """Padded sequences, ragged last batch."""
+    batches = []
+    for size, length in ((4, 9), (2, 6)):
+        mask = torch.arange(length)[None] < torch.randint(2, length + 1, (size, 1))
+        ids = torch.randint(2, vocabulary, (size, length)) * mask + ~mask
+        batches.append({"input_ids": ids, "attention_mask": mask.long(), "labels": torch.randint(3, (size,))})
+    return batches
+
+
+def transformer(name: str, fast: bool = True, **config: Any) -> Network:
+    import transformers
+
+    made = getattr(transformers, name + "Config")(**config, num_labels=3)
+    head = "ForImageClassification" if "image_size" in config else "ForSequenceClassification"
+    model = getattr(transformers, name + head)(made)
+    for p in model.parameters():  # away from zeros and ones, so that no factor can be forgotten unseen
+        p.data.add_(0.05 * torch.randn_like(p))
+    if "image_size" in config:
+        images = [{"pixel_values": torch.randn(b, 3, 16, 16), "labels": torch.randint(3, (b,))} for b in (4, 2)]
+        return Network(model, images, fast)
+    return Network(model, text_batches(), fast)
+
+
+def vision(name: str, size: int, fast: bool = True) -> Network:
+    import torchvision
+
+    model = getattr(torchvision.models, name)(weights=None, num_classes=3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            trained_norm(module)
+            nn.init.uniform_(module.weight, 0.5, 1)
+    return Network(model, floats(3, size, size, batches=(2, 1)), fast, True)
+
+
+def vit_torchvision() -> Network:
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=3)
+    nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero, which hides everything below
+    return Network(model, floats(3, 16, 16, batches=(4, 2)), False)
+
+
+def convnext_torchvision() -> Network:
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    model = ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], layer_scale=0.5, num_classes=3)
+    return Network(model, floats(3, 32, 32, batches=(3, 2)), False)
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+IMAGE = {**SMALL, "image_size": 16, "patch_size": 8}
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "bert": lambda: transformer("Bert", **SMALL, vocab_size=50, max_position_embeddings=16),
+    "roberta": lambda: transformer("Roberta", **SMALL, vocab_size=50, max_position_embeddings=16, pad_token_id=1),
+    "distilbert": lambda: transformer("DistilBert", dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=50),
+    "gpt2": lambda: transformer(
+        "GPT2", n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=16, pad_token_id=1
+    ),
+    "vit": lambda: transformer("ViT", **IMAGE),
+    "convnext": lambda: transformer(
+        "ConvNext", False, hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, image_size=16
+    ),
+    "albert": lambda: transformer(
+        "Albert", False, **SMALL, vocab_size=50, embedding_size=8, max_position_embeddings=16
+    ),
+    "resnet18": lambda: vision("resnet18", 32),
+    "mobilenet": lambda: vision("mobilenet_v3_small", 32),
+    "convnext-torchvision": convnext_torchvision,
+    "vit-torchvision": vit_torchvision,
+}
+
+
+@pytest.fixture(params=NETWORKS, ids=str)
+def network(request: pytest.FixtureRequest) -> Network:
+    torch.manual_seed(0)
+    return NETWORKS[request.param]()

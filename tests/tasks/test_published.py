@@ -88,4 +88,4 @@ def test_cifar10(fetched, made):
     assert task.reported == "test" and task.summary()["remarks"]["images"] == "JPEG"
     x, y = task.batches("train", 50, seed=0)[0]
     assert x.shape == (50, 3, 32, 32) and y.max() < 10
-    assert task.manifest["image"]["mean"] == pytest.approx([0.4914, 0.4822, 0.4465], abs=2e-3)
+    assert task.manifest["image"]["mean"] == pytest.approx([0.4914, 0.4822, 0.4465], abs=2e-2)
