@@ -4,9 +4,9 @@ Command: python benchmarks/fisher.py [--rounds N] [--device cpu] [--threads N] [
 Runtime: about five minutes on one CPU thread with 5 rounds.
 Result: a table on stdout and in benchmarks/results/fisher-<device>.md.
 
-Every round runs every method once, in turn, so that whatever else the machine does hits all alike: read the ratios,
-each the median over rounds of a method's time over that of plain forward+backward in the same round. The peak is
-measured in a process of its own, over what the model and the batch occupy.
+Every round runs every method once, in turn, so that whatever else the machine does hits all alike. So read the
+ratios, each the median over rounds of a method's time over that of plain forward+backward in the same round. The
+peak is measured in a process of its own, over what the model and the batch occupy.
 """
 
 import argparse
@@ -104,6 +104,10 @@ def expected_loop(model: nn.Module, batch: Any, size: int) -> dict[str, Tensor]:
 def by_vmap(model: nn.Module, batch: Any, size: int) -> dict[str, Tensor]:
     """torch.func.vmap(grad), four examples at a time."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
+    if isinstance(
+        batch, dict
+    ):  # vmap cannot follow what transformers asks of a mask; here all tokens count anyway
+        batch = {key: value for key, value in batch.items() if key != "attention_mask"}
     keys = list(batch) if isinstance(batch, dict) else None
 
     def loss(parameters: dict[str, Tensor], *rows: Tensor) -> Tensor:

@@ -339,14 +339,14 @@ def edit_yaml(path: Path, changes: Mapping[str, Any]) -> None:
 
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for key, value in changes.items():
-        raw = YAML(typ="rt").load("".join(lines))
+        raw: Any = YAML(typ="rt").load("".join(lines))
         *parents, last = key.split(".")
         here: Any = raw
         for part in parents:
             here = here.get(part) if isinstance(here, dict) else None
         if not isinstance(here, dict) or last not in here:
             raise ParamsError(f"{path.name}: {key}: no such key to change")
-        row, column = here.lc.value(last)
+        row, column = here.lc.value(last)  # type: ignore[attr-defined]
         old = re.match(r"[^\s,}\]#]+", lines[row][column:])
         if old is None or isinstance(here[last], (dict, list)):
             raise ParamsError(f"{path.name}:{row + 1}: {key}: expected a plain value there")

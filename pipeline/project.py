@@ -1,5 +1,6 @@
 """The project as a whole: running it, switching its profile, what it would cost, where a number comes from."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -9,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,19 @@ from rich.table import Table
 from pipeline.errors import FishmaskError, ParamsError
 from pipeline.files import write_bytes
 from pipeline.params import read_yaml, unknown
+from pipeline.warm import warm_process
 from pipeline.workspace import VERSION, Cell, Workspace
 
+_FEW = 2  # stages that are started cold: warming up would cost as much
 _PACKAGES = ("torch", "torchvision", "transformers", "datasets", "dvc", "mlflow", "typer", "safetensors", "numpy")
 
 
-def dvc(arguments: list[str], **options: Any) -> "subprocess.Popen[str]":
+def dvc(arguments: list[str], more: dict[str, str] | None = None, **options: Any) -> "subprocess.Popen[str]":
     """Start DVC with this interpreter, which its stages then find first on PATH (TRAPS D12)."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     command = [sys.executable, "-m", "dvc", *arguments]
-    return subprocess.Popen(
-        command, env=os.environ | {"PATH": path}, cwd=Workspace.here().root, text=True, **options
-    )
+    environment = os.environ | {"PATH": path} | (more or {})
+    return subprocess.Popen(command, env=environment, cwd=Workspace.here().root, text=True, **options)
 
 
 def repro(arguments: list[str]) -> None:
@@ -40,41 +42,63 @@ def repro(arguments: list[str]) -> None:
     Raises:
         FishmaskError: if DVC fails; its own message stands above.
     """
-    cells = planned(arguments)
+    cells = planned([argument for argument in arguments if not argument.startswith("-")])
     costs = [_cost(name) for name in cells]
-    known = [cost for cost in costs if cost]
-    guess = statistics.mean(known) if known else None
-    started, done = time.monotonic(), 0
-    process = dvc(["repro", *arguments], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            name = _running(line)
-            if name:
-                left = sum(cost or guess or 0 for cost in costs[done:])
-                done += 1
-                note = f", about {_clock(left)} left" if left else ""
-                print(
-                    f"[{done}/{len(cells)}] {name} (after {_clock(time.monotonic() - started)}{note})", flush=True
-                )
-            elif line.strip() and not line.startswith((">", "Updating lock file", "Generating lock file")):
-                print(line, end="", flush=True)
-        code = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+    with contextlib.ExitStack() as stack:
+        environment = stack.enter_context(warm_process()) if len(cells) > _FEW else {}
+        process = dvc(["repro", *arguments], environment, stdout=subprocess.PIPE)
+        try:
+            code = _follow(process, cells, costs)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
     if code:
         raise FishmaskError(f"dvc repro ended with exit code {code}; the stage's own line stands above")
 
 
-def planned(arguments: list[str] | None = None) -> list[str]:
-    """Name the stages that ``dvc repro`` would run now, in order."""
-    process = dvc(["repro", "--dry", *(arguments or [])], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = process.communicate()
-    if process.returncode:
-        raise FishmaskError(f"dvc repro --dry: {err.strip().splitlines()[-1] if err.strip() else 'failed'}")
-    return [name for name in map(_running, out.splitlines()) if name]
+def _follow(process: "subprocess.Popen[str]", cells: list[str], costs: list[float | None]) -> int:
+    """Print a line for each stage that DVC starts, and what DVC says besides; returns its exit code."""
+    known = [cost for cost in costs if cost]
+    guess = statistics.mean(known) if known else 0.0
+    started, done = time.monotonic(), 0
+    for line in process.stdout or ():
+        name = _running(line)
+        if name:
+            left = sum(cost or guess for cost in costs[done:])
+            done += 1
+            note = f", about {_clock(left)} left" if left else ""
+            print(f"[{done}/{len(cells)}] {name} (after {_clock(time.monotonic() - started)}{note})", flush=True)
+        elif line.strip() and not line.startswith((">", "Updating lock file", "Generating lock file")):
+            print(line, end="", flush=True)
+    return process.wait()
+
+
+def planned(targets: Sequence[str] = ()) -> list[str]:
+    """Name the stages that ``dvc repro`` would run now, in order: the changed ones and all that follow from them.
+
+    A stage that follows but would get the same inputs again is skipped by DVC, so there may be fewer in the end.
+
+    Args:
+        targets: stages to reproduce, with what they depend on; all by default.
+
+    Returns:
+        Names such as ``train@words-fish-main``.
+    """
+    import networkx
+    from dvc.repo import Repo
+
+    with Repo(str(Workspace.here().root)) as repo:
+        graph = repo.index.graph  # an edge from each stage to those that it depends on
+        names = {stage.addressing: stage for stage in graph}
+        wanted = [stage for name, stage in names.items() if name in targets or name.partition("@")[0] in targets]
+        order = list(
+            dict.fromkeys(s for stage in wanted or graph for s in networkx.dfs_postorder_nodes(graph, stage))
+        )
+        with contextlib.redirect_stdout(sys.stderr):
+            changed = {names[name] for name in repo.status([s.addressing for s in order])}
+        stale = changed | {stage for one in changed for stage in networkx.ancestors(graph, one)}
+        return [stage.addressing for stage in order if stage in stale]
 
 
 def print_plan(as_json: bool) -> None:

@@ -1,1 +1,5 @@
 """One file per DVC stage: read its params, call pipeline, write its outs."""
+
+from pipeline.warm import hand_over
+
+hand_over()

@@ -24,6 +24,7 @@ class Plan:
         whole: names whose scores take the whole model, one example at a time.
         routes: name -> its way: "rule", "lift", "replay <module>", "whole" or "unused".
         checks: (module, its argument, where the examples are), for comparing with a single example.
+        more: whether another backward pass follows.
     """
 
     taps: dict[Edge, list[Handler]] = field(default_factory=dict)
@@ -31,40 +32,46 @@ class Plan:
     whole: list[str] = field(default_factory=list)
     routes: dict[str, str] = field(default_factory=dict)
     checks: list[tuple[str, Tensor, Layout]] = field(default_factory=list)
+    more: bool = False
 
     def tap(self, edge: Edge, handler: Handler) -> None:
         """Have ``handler`` called with the gradient at ``edge`` of every backward pass."""
         self.taps.setdefault(edge, []).append(handler)
 
     def backward(self, root: Tensor, seeds: list[Tensor], graph: Graph) -> None:
-        """Run one backward pass per seed, calling handlers as gradients arrive; no weight gradient is formed."""
+        """Run one backward pass per seed, calling handlers as gradients arrive; no weight gradient is formed.
+
+        The last pass lets go of each handler, and the layer input it holds, as autograd lets go of its own.
+        """
+        self.checks.clear()
         sinks = graph.sinks(self.taps)
-        hooks = []
-        for (node, number), handlers in self.taps.items():
-            if (node, number) not in sinks:
-                hooks.append(node.register_prehook(_prehook(number, handlers)))
+        hooks = [
+            node.register_prehook(self._prehook((node, number)))
+            for node, number in self.taps
+            if (node, number) not in sinks
+        ]
         try:
             for i, seed in enumerate(seeds):
+                self.more = i + 1 < len(seeds)
                 edges = [GradientEdge(*edge) for edge in sinks]
-                more = i + 1 < len(seeds)
                 grads: tuple[Tensor | None, ...] = ()
                 if edges:
-                    grads = torch.autograd.grad(root, edges, seed, retain_graph=more, allow_unused=True)
+                    grads = torch.autograd.grad(root, edges, seed, retain_graph=self.more, allow_unused=True)
                 for edge, grad in zip(sinks, grads, strict=True):
-                    if grad is not None:
-                        for handler in self.taps[edge]:
-                            handler(grad)
+                    self._handle(edge, grad)
                 for replay in self.replays:
                     replay.run()
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _prehook(self, edge: Edge) -> Callable[[tuple[Tensor, ...]], None]:
+        return lambda grads: self._handle(edge, grads[edge[1]])
 
-def _prehook(number: int, handlers: list[Handler]) -> Callable[[tuple[Tensor, ...]], None]:
-    def hook(grads: tuple[Tensor, ...]) -> None:
-        if grads[number] is not None:
+    def _handle(self, edge: Edge, grad: Tensor | None) -> None:
+        handlers = self.taps[edge]
+        if grad is not None:
             for handler in handlers:
-                handler(grads[number])
-
-    return hook
+                handler(grad)
+        if not self.more:
+            handlers.clear()

@@ -1,0 +1,148 @@
+"""A warm process that stages are forked from, so that a repro pays for imports once.
+
+torch, transformers, scikit-learn and MLflow take 5-15 s to import on two cores, and DVC starts a process per stage.
+``fishmask repro`` therefore starts one process that imports them and listens on a socket; ``python -m stages.X``,
+as DVC runs it, hands its arguments, environment and terminal over to a fork of that process and waits for its exit
+code. Without a listener (plain ``dvc repro``) a stage runs by itself: the same code, hence the same bytes.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+SOCKET = "FISHMASK_WARM"
+"""The environment variable that names the socket."""
+
+_IMPORTS = (
+    "stages.runner",
+    "pipeline.fisher",
+    "pipeline.deltas.delta",
+    "pipeline.deltas.format",
+    "pipeline.masks.select",
+    "pipeline.tasks.fetch",
+    "pipeline.tasks.fitting",
+    "pipeline.reports.page",
+    "mlflow.tracking",
+    "sklearn.metrics",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.auto.tokenization_auto",
+)
+_MESSAGE = 1 << 20  # bytes; arguments and environment are far smaller
+
+
+@contextlib.contextmanager
+def warm_process() -> Iterator[dict[str, str]]:
+    """Keep a warm process while the block runs.
+
+    Yields:
+        The environment variables to start DVC with.
+    """
+    with tempfile.TemporaryDirectory(prefix="fishmask-") as folder:
+        address = str(Path(folder) / "socket")
+        process = subprocess.Popen([sys.executable, "-m", "pipeline.warm", address])
+        try:
+            yield {SOCKET: address}
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def hand_over() -> None:
+    """Run this process's stage in a fork of the warm process, and exit as it does; return if there is none."""
+    address = os.environ.get(SOCKET)
+    if address is None or sys.argv[:1] != ["-m"] or not sys.orig_argv[2:3] or sys.orig_argv[1] != "-m":
+        return
+    module = sys.orig_argv[2]
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(socket.socket(socket.AF_UNIX))
+        try:
+            link.connect(address)
+        except OSError:
+            return
+        environment = {key: value for key, value in os.environ.items() if key != SOCKET}
+        work = {"module": module, "argv": sys.argv[1:], "cwd": os.getcwd(), "env": environment}
+        socket.send_fds(link, [json.dumps(work).encode()], [0, 1, 2])
+        answer = link.recv(16)
+    if not answer:
+        print(f"{module}: its process ended without an exit code", file=sys.stderr)
+    # Not sys.exit: this runs while a package is being imported, and nothing here needs cleaning up.
+    os._exit(int(answer or b"1"))
+
+
+def serve(address: str) -> None:
+    """Import what stages need, then fork one child for each that asks; ends with its parent."""
+    from pipeline.process import end_with_parent
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stages
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()  # stages wait in the queue until the imports are done
+        for module in _IMPORTS:
+            with contextlib.suppress(ImportError):
+                import_module(module)
+        gc.freeze()
+        end_with_parent()
+        while True:
+            link, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                _become(link)
+            link.close()
+
+
+def _become(link: socket.socket) -> None:
+    """Be the stage that asked: its terminal, folder, environment and arguments; never returns."""
+    message, files, _, _ = socket.recv_fds(link, _MESSAGE, 3)
+    code = 1
+    try:
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        work = json.loads(message)
+        os.chdir(work["cwd"])
+        os.environ.clear()
+        os.environ.update(work["env"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        threading.Thread(target=_end_with, args=(link,), daemon=True).start()
+        sys.argv = [work["module"], *work["argv"]]
+        sys.path[0] = work["cwd"]
+        runpy.run_module(work["module"], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            link.sendall(str(code).encode())
+        os._exit(code)
+
+
+def _end_with(link: socket.socket) -> None:
+    """Stop when the process that asked is gone: its end of the link closes with it."""
+    with contextlib.suppress(OSError):
+        if not link.recv(1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
