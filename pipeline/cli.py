@@ -42,6 +42,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command; an expected failure is one line on stderr and its exit code."""
+    from pipeline.warm import share_cores
+
+    share_cores()
     try:
         app(prog_name="fishmask")
     except FishmaskError as error:

@@ -40,7 +40,17 @@ _IMPORTS = (
     "transformers.models.bert.modeling_bert",
     "transformers.models.auto.tokenization_auto",
 )
+_PATIENCE = ("OMP_WAIT_POLICY", "passive")
 _MESSAGE = 1 << 20  # bytes; arguments and environment are far smaller
+
+
+def share_cores() -> None:
+    """Make idle OpenMP threads sleep instead of spin; call it before torch is imported.
+
+    Spinning is worth little alone, and costs sixfold where another process wants a core: the thread that has work
+    waits for the one that spins (4.5 s against 0.7 s for a loop of small matrix products, two threads on two busy cores).
+    """
+    os.environ.setdefault(*_PATIENCE)
 
 
 @contextlib.contextmanager
@@ -86,6 +96,7 @@ def serve(address: str) -> None:
     """Import what stages need, then fork one child for each that asks; ends with its parent."""
     from pipeline.process import end_with_parent
 
+    share_cores()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them
     with socket.socket(socket.AF_UNIX) as listener:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -81,13 +82,13 @@ class Project:
         return self.run(sys.executable, "-m", "dvc", *arguments, check=check)
 
     def repro(self):
-        """Run dvc repro.
+        """Run the pipeline as `fishmask repro` does: DVC, its stages forked from a warm process.
 
         Returns:
             The names of the stages that ran.
         """
-        out = self.dvc("repro").stdout
-        return [line.split("'")[1] for line in out.splitlines() if line.startswith("Running stage '")]
+        out = self.fishmask("repro").stdout
+        return [line.split()[1] for line in out.splitlines() if re.match(r"\[\d+/\d+\] ", line)]
 
     def commit(self, message="state"):
         self.run("git", "add", "-A")

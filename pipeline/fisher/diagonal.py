@@ -167,7 +167,7 @@ class Scorer:
         single = Single.of(alone, alone_graph, self.parameters)
         plan = self.planner.plan(calls, graph, single, size, self.scores)
         once = alone.once()
-        pairs = [(layout.part(a, n), once[name].inputs[0].detach()) for name, a, layout in plan.checks]
+        pairs = [(layout.part(a, n), once[name].inputs[i].detach()) for name, i, a, layout in plan.checks]
         offset = 1 if self.objective.kind == "label" else 0  # a loss near zero carries the rounding of its logits
         pairs.append((root.detach()[n : n + 1] + offset, alone_root.detach() + offset))
         if not all(close(x, y) for x, y in pairs):

@@ -84,6 +84,8 @@ def lift_of(uses: list[Consumer], single: Use | None, shape: Shape, size: int) -
     layout = layout_of(use[1], single[1], size)
     if layout is None or math.prod(use[1]) == 0 or len(use[1]) < len(shape):
         return None
+    if layout.rows > 1:  # whose rows come in which order could only be told from values, which are not at hand
+        return None
     own = layout.dim - (len(use[1]) - len(shape))
     if size > 1 and own >= 0 and shape[own] != 1:
         return None

@@ -23,7 +23,7 @@ class Plan:
         replays: modules to run again.
         whole: names whose scores take the whole model, one example at a time.
         routes: name -> its way: "rule", "lift", "replay <module>", "whole" or "unused".
-        checks: (module, its argument, where the examples are), for comparing with a single example.
+        checks: (module, which argument, its value, where the examples are), for comparing with a single example.
         more: whether another backward pass follows.
     """
 
@@ -31,12 +31,20 @@ class Plan:
     replays: list[Replay] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
     routes: dict[str, str] = field(default_factory=dict)
-    checks: list[tuple[str, Tensor, Layout]] = field(default_factory=list)
+    checks: list[tuple[str, int, Tensor, Layout]] = field(default_factory=list)
     more: bool = False
 
     def tap(self, edge: Edge, handler: Handler) -> None:
         """Have ``handler`` called with the gradient at ``edge`` of every backward pass."""
         self.taps.setdefault(edge, []).append(handler)
+
+    def check(self, name: str, i: int, x: Tensor, layout: Layout) -> None:
+        """Ask for argument ``i`` of a module to be compared; once for what several read, as queries and keys."""
+        if layout.size > 1 and not any(
+            x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and layout == other
+            for _, _, y, other in self.checks
+        ):
+            self.checks.append((name, i, x, layout))
 
     def backward(self, root: Tensor, seeds: list[Tensor], graph: Graph) -> None:
         """Run one backward pass per seed, calling handlers as gradients arrive; no weight gradient is formed.

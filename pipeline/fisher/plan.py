@@ -172,10 +172,8 @@ class Planner:
             edge = lift.edge
         plan.tap(edge, handler)
         plan.routes.update(dict.fromkeys(names.values(), "rule"))
-        # Several layers may read one tensor, as queries, keys and values do; once is enough.
-        seen = any(a.data_ptr() == other.data_ptr() for _, other, _ in plan.checks)
-        if layout is not None and size > 1 and not seen:
-            plan.checks.append((call.name, a, layout))
+        if layout is not None:
+            plan.check(call.name, 0, a, layout)
 
     def _enclosing(
         self, name: str, once: Mapping[str, Call], graph: Graph, single: Single, size: int
@@ -233,6 +231,9 @@ class Planner:
             for x, one in zip(call.inputs, single.inputs[call.name], strict=True)
         ]
         parameters = {name: self.parameters[name] for name in names}
+        for i, (x, layout) in enumerate(zip(call.inputs, inputs, strict=True)):
+            if layout is not None:
+                plan.check(call.name, i, x.detach(), layout)
         replay = Replay(call.module, call.args, call.kwargs, inputs, parameters, scores, size, self.work)
         for i in inside[1]:
             out, edge = call.outputs[i], call.edges[i]

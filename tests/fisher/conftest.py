@@ -219,10 +219,29 @@ def windows() -> Case:
     """Windows folded into the batch dimension, as Swin does."""
 
     def forward(s: Net, x: Tensor) -> Tensor:
-        y = torch.tanh(s.a(x.reshape(-1, 2, 4)) + s.bias)
+        y = torch.tanh(s.a(x.reshape(-1, 2, 4)))
         return s.fc(y.reshape(len(x), 6, 4).mean(1))
 
-    return Case(Net(forward, a=nn.Linear(4, 4), bias=parameter(2, 4), fc=nn.Linear(4, 3)), floats(6, 4), True)
+    return Case(Net(forward, a=nn.Linear(4, 4), fc=nn.Linear(4, 3)), floats(6, 4), True)
+
+
+class Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = parameter(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+def position_major(layer: nn.Module) -> Case:
+    """All examples' first positions, then all second ones: by shape alone this looks like windows."""
+
+    def forward(s: Net, x: Tensor) -> Tensor:
+        y = torch.tanh(s.layer(x.transpose(0, 1).reshape(-1, 4)))
+        return s.fc(y.view(6, len(x), 4).transpose(0, 1).mean(1))
+
+    return Case(Net(forward, layer=layer, fc=nn.Linear(4, 3)), floats(6, 4), False)
 
 
 def recurrent() -> Case:
@@ -336,6 +355,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention-time-first": lambda: attention(False),
     "time-first": time_first,
     "windows": windows,
+    "position-major-linear": lambda: position_major(nn.Linear(4, 4)),
+    "position-major-bias": lambda: position_major(Shift()),
+    "position-major-replay": lambda: position_major(nn.Sequential(Shift(), nn.PReLU(4))),
     "recurrent": recurrent,
     "coupled": coupled,
     "experts": experts,
