@@ -1,4 +1,4 @@
-"""Run every benchmark, one after the other, in a few minutes: `make bench` or `python -m benchmarks [--device cuda]`."""
+"""Run every benchmark, one after the other, in a few minutes: `python -m benchmarks [--device cuda]`."""
 
 import subprocess
 import sys

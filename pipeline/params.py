@@ -7,6 +7,7 @@ A mistake becomes one line that names the file, the line, the key and what is al
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,6 +117,13 @@ class GridParams(_Strict):
     unranked: list[str]
     settings: list[str]
     sweep: SweepParams
+
+    @property
+    def cells(self) -> set[tuple[str, str, str]]:
+        """Every (task, method, setting) that the pipeline trains."""
+        return set(product(self.tasks, self.methods, self.settings)) | set(
+            product(self.sweep.tasks, self.sweep.methods, self.sweep.settings)
+        )
 
     @model_validator(mode="after")
     def _partition(self) -> "GridParams":

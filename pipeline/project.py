@@ -20,7 +20,7 @@ from rich.table import Table
 
 from pipeline.errors import FishmaskError, ParamsError
 from pipeline.files import write_bytes
-from pipeline.params import read_yaml, unknown
+from pipeline.params import Params, read_yaml, unknown
 from pipeline.warm import warm_process
 from pipeline.workspace import VERSION, Cell, Workspace
 
@@ -160,7 +160,8 @@ def print_results() -> None:
     from pipeline.reports.tables import main_table
 
     root = Workspace.here().root
-    Console().print(main_table(load_results(root / "metrics")).terminal())
+    grid = Params.load(root / "params.yaml").grid
+    Console().print(main_table(load_results(root / "metrics", grid.cells)).terminal())
     print(f"report: {root / 'reports' / 'index.html'}")
     print("runs:   fishmask ui   (MLflow on http://127.0.0.1:5000)")
 
@@ -205,14 +206,15 @@ def print_why(name: str, as_json: bool) -> None:
         raise ParamsError(f"metrics/train: unknown cell {unknown(name, known)}")
     metrics = json.loads(known[name].read_text())
     scores = [seed["metric"] for seed in metrics["seeds"].values()]
+    finite = [score for score in scores if score is not None]
     facts: dict[str, Any] = {
         "cell": name,
         metrics["metric"]: scores,
-        "mean": statistics.mean(scores),
+        "mean": statistics.mean(finite) if finite else None,
         "params": metrics["params"],
         "data": metrics["data"],
         "masks": {seed: value["mask_digest"] for seed, value in metrics["seeds"].items()},
-        "deltas": {seed: value["delta_digest"] for seed, value in metrics["seeds"].items()},
+        "deltas": {seed: value.get("delta_digest") for seed, value in metrics["seeds"].items()},
         "dvc": dict(_locked_outs(here.root, name)),
         "commit": _git(here.root, "log", "-1", "--format=%h %s", "--", str(known[name])) or "not committed",
         "mlflow": _runs(here, name),

@@ -1,6 +1,6 @@
 """A warm process that stages are forked from, so that a repro pays for imports once.
 
-torch, transformers, scikit-learn and MLflow take 5-15 s to import on two cores, and DVC starts a process per stage.
+torch, transformers, scikit-learn and MLflow take 5-15 s to import on two cores; DVC starts a process per stage.
 ``fishmask repro`` therefore starts one process that imports them and listens on a socket; ``python -m stages.X``,
 as DVC runs it, hands its arguments, environment and terminal over to a fork of that process and waits for its exit
 code. Without a listener (plain ``dvc repro``) a stage runs by itself: the same code, hence the same bytes.
@@ -48,7 +48,7 @@ def share_cores() -> None:
     """Make idle OpenMP threads sleep instead of spin; call it before torch is imported.
 
     Spinning is worth little alone, and costs sixfold where another process wants a core: the thread that has work
-    waits for the one that spins (4.5 s against 0.7 s for a loop of small matrix products, two threads on two busy cores).
+    waits for the one that spins (4.5 s against 0.7 s for a loop of small products, two threads on two busy cores).
     """
     os.environ.setdefault(*_PATIENCE)
 

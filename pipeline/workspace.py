@@ -57,6 +57,8 @@ class Workspace:
 
     def out(self, cell: Cell) -> Path:
         """The folder of a cell's outputs, cached by DVC."""
+        if cell.stage == "aggregate":
+            return self.root / "reports"
         return self.root / "artifacts" / cell.stage / cell.name
 
     def metrics(self, cell: Cell) -> Path:

@@ -11,10 +11,11 @@ from stages.runner import Stage, main
 
 
 def run(stage: Stage) -> None:
-    """Write the report of the whole project."""
-    profile = stage.read("profile")
-    with stage.held(fingerprint(settings=stage.settings)):
-        write_report(stage.workspace.root / "metrics", stage.work, profile)
+    """Write the report of the grid's cells, and attach its tables and figures to the run."""
+    profile, grid = stage.read("profile"), stage.read("grid")
+    with stage.held(fingerprint(settings=stage.settings)) as run:
+        for file in write_report(stage.workspace.root / "metrics", stage.work, profile, grid.cells):
+            run.figure(file, file.name)
 
 
 if __name__ == "__main__":

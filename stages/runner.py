@@ -18,6 +18,8 @@ from pipeline.process import alone, end_with_parent, interruptible
 from pipeline.tracking import Run, Tracker
 from pipeline.workspace import Cell, Workspace
 
+_SEEDED = {"score", "mask", "train"}
+
 
 class Stage:
     """One cell at work.
@@ -49,7 +51,8 @@ class Stage:
         self._private = out is not None
         self.out = out or workspace.out(cell)
         self.work = self.out.with_name(f".{self.out.name}.partial")
-        self.seeds = seeds if seeds is not None else (list(self.read("seeds")) if _has_seeds(cell) else [])
+        self.seeds = list(self.read("seeds")) if cell.stage in _SEEDED else []
+        self.seeds = self.seeds if seeds is None else seeds
         self._metrics_file = self.out / "metrics.json" if out else workspace.metrics(cell)
         self._track = track
         self._record: dict[str, Any] = {}
@@ -158,10 +161,6 @@ def main(stage: str, work: Callable[[Stage], None], names: tuple[str, ...]) -> N
     except FishmaskError as error:
         print(f"fishmask {stage}: {error}", file=sys.stderr)
         raise SystemExit(error.code) from None
-
-
-def _has_seeds(cell: Cell) -> bool:
-    return cell.stage in {"score", "mask", "train"}
 
 
 def _make_empty(folder: Path) -> None:

@@ -9,6 +9,7 @@ with the same bytes: an unfinished run is continued from ``.resume/``, a finishe
 
 import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def run(stage: Stage) -> None:
     folders = {seed: stage.workspace.resume("train", key) for seed, key in keys.items()}
     with stage.held(fingerprint(cell=cell, keys=keys), data_digest=task.data_digest) as run:
         stage.record(metric=metric, lr=lr, data=task.summary())
+        scores: list[float] = []
         for seed in stage.seeds:
             recipe = Recipe(lr=lr, seed=seed, **settings.model_dump(exclude={"batch_size"}))
             tags = {"mask_digest": masks[seed].digest}
@@ -52,6 +54,11 @@ def run(stage: Stage) -> None:
             for file in folders[seed].glob("delta.safetensors"):
                 shutil.copyfile(file, stage.folder(seed) / file.name)
             stage.record(seed, mask_bytes=files[seed].stat().st_size, mask_digest=masks[seed].digest, **result)
+            if result["metric"] is not None:
+                scores.append(result["metric"])
+        if scores:
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+            run.log({metric: statistics.mean(scores), f"{metric}_std": spread, "seeds": len(scores)}, step=0)
         stage.time(device=device.reason)
     for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)

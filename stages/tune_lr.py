@@ -4,8 +4,8 @@
 
 Not a stage of the pipeline: it writes its findings to params.yaml, which the pipeline reads. A fifth of train
 (whole groups) is held out as ``tune``; scores, masks and training see the other four fifths (``fit``) alone. Rates
-stand three to a decade; the search starts from the rate in params.yaml and goes on while the best of those tried has
-an untried neighbour.
+stand three to a decade; the search starts from the rate in params.yaml and goes on while the best of those tried
+has an untried neighbour.
 """
 
 import json

@@ -56,7 +56,8 @@ def test_sigterm_becomes_an_expected_failure_and_the_handler_is_restored():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("shell", [False, True])
 def test_a_stage_ends_when_its_parent_is_killed(shell):
-    child = "import time; from pipeline.process import end_with_parent as e; e(); print('up', flush=True); time.sleep(60)"
+    child = "import time; from pipeline.process import end_with_parent; end_with_parent(); "
+    child += "print('up', flush=True); time.sleep(60)"
     parent = f"""
         import subprocess, sys
         command = [sys.executable, "-c", {child!r}]

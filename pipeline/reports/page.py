@@ -5,7 +5,7 @@ function from the results to a ``Section`` in ``_SECTIONS``.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,19 @@ class Section:
     tables: Sequence[Table]
 
 
-def write_report(metrics_dir: Path | str, out_dir: Path | str, profile: str) -> list[Path]:
+def write_report(
+    metrics_dir: Path | str,
+    out_dir: Path | str,
+    profile: str,
+    only: Collection[tuple[str, str, str]] | None = None,
+) -> list[Path]:
     """Write ``index.html``, ``tables/*.csv``, ``tables/*.md`` and ``figures/*.svg``.
 
     Args:
         metrics_dir: the folder ``metrics/`` of the project.
         out_dir: the folder to write to; made if it is not there.
         profile: the profile's name, for the heading.
+        only: the cells wanted, see ``load_results``.
 
     Returns:
         The files, the page first.
@@ -50,7 +56,7 @@ def write_report(metrics_dir: Path | str, out_dir: Path | str, profile: str) -> 
     Raises:
         StorageError: if the folder cannot be written.
     """
-    results, out = load_results(Path(metrics_dir)), Path(out_dir)
+    results, out = load_results(Path(metrics_dir), only), Path(out_dir)
     sections = [section for make in _SECTIONS if (section := make(results)) is not None]
     texts = {"index.html": render_page(results, sections, profile)}
     for section in sections:

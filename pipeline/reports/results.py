@@ -5,7 +5,7 @@ Differences between methods are paired by seed: both share the seed's head, exam
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,11 +242,13 @@ def method_order(method: str) -> tuple[int, str]:
     return (_METHODS.index(method) if method in _METHODS else len(_METHODS), method)
 
 
-def load_results(metrics: Path) -> Results:
-    """Read every metrics file of a project.
+def load_results(metrics: Path, only: Collection[tuple[str, str, str]] | None = None) -> Results:
+    """Read the metrics files of a project.
 
     Args:
         metrics: the folder ``metrics/``, with one folder per stage and one JSON file per cell.
+        only: the (task, method, setting) wanted; files of other cells, such as a former profile's, are left out.
+            None: all that are there.
 
     Returns:
         The results; what is not there is absent, nothing is filled in.
@@ -261,7 +263,8 @@ def load_results(metrics: Path) -> Results:
             mask = _mask(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{file}: not the metrics of a mask: {_cause(error)}; run its stage again") from None
-        masks[mask.task, mask.method, mask.setting] = mask
+        if only is None or (mask.task, mask.method, mask.setting) in only:
+            masks[mask.task, mask.method, mask.setting] = mask
     for file, content in _documents(metrics, "train"):
         try:
             cell = _cell(content, masks)
@@ -269,7 +272,8 @@ def load_results(metrics: Path) -> Results:
             raise DataError(
                 f"{file}: not the metrics of a training: {_cause(error)}; run its stage again"
             ) from None
-        cells[cell.task, cell.method, cell.setting] = cell
+        if only is None or (cell.task, cell.method, cell.setting) in only:
+            cells[cell.task, cell.method, cell.setting] = cell
     records = {
         stage: {file.stem: content for file, content in _documents(metrics, stage)} for stage in _AS_THEY_ARE
     }

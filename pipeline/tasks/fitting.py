@@ -1,4 +1,4 @@
-"""Train one model on one task through one mask: what the train stage and the learning-rate search have in common."""
+"""Train one model on one task through one mask: what the train stage and the search of rates share."""
 
 from collections.abc import Callable
 
