@@ -62,7 +62,11 @@ def warm_process() -> Iterator[dict[str, str]]:
     """
     with tempfile.TemporaryDirectory(prefix="fishmask-") as folder:
         address = str(Path(folder) / "socket")
-        process = subprocess.Popen([sys.executable, "-m", "pipeline.warm", address])
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()  # from here on stages wait in the queue, until the imports are done
+            number = listener.fileno()
+            process = subprocess.Popen([sys.executable, "-m", "pipeline.warm", str(number)], pass_fds=[number])
         try:
             yield {SOCKET: address}
         finally:
@@ -92,16 +96,14 @@ def hand_over() -> None:
     os._exit(int(answer or b"1"))
 
 
-def serve(address: str) -> None:
-    """Import what stages need, then fork one child for each that asks; ends with its parent."""
+def serve(number: int) -> None:
+    """Import what stages need, then fork one child for each that asks at the socket; ends with its parent."""
     from pipeline.process import end_with_parent
 
     share_cores()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
-        listener.listen()  # stages wait in the queue until the imports are done
+    with socket.socket(fileno=number) as listener:
         for module in _IMPORTS:
             with contextlib.suppress(ImportError):
                 import_module(module)
@@ -156,4 +158,4 @@ def _end_with(link: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(int(sys.argv[1]))
