@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -308,4 +308,5 @@ def _root(
     pass
 
 
-__all__: list[Any] = ["app", "main"]
+if __name__ == "__main__":
+    main()

@@ -47,8 +47,8 @@ _MESSAGE = 1 << 20  # bytes; arguments and environment are far smaller
 def share_cores() -> None:
     """Make idle OpenMP threads sleep soon instead of spinning; call it before torch is imported.
 
-    Long spinning gains nothing here, and costs fivefold where another process wants a core: the thread that has work
-    waits for the one that spins (4.5 s against 0.8 s for a loop of small products, two threads on two busy cores).
+    Long spinning gains nothing here, and costs fivefold where another process wants a core: the thread with work
+    waits for the one that spins (4.5 s against 0.8 s for a loop of small products, two threads, two busy cores).
     Not spinning at all makes a training step on idle cores 1.5x slower.
     """
     os.environ.setdefault(*_PATIENCE)
