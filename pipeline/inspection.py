@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeline.deltas.delta import Delta
 from pipeline.errors import ArtifactError
@@ -79,12 +79,13 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
             value = ", ".join(f"{name}={entry}" for name, entry in value.items()) or "none"
         print(f"{key:<12} {value:.6g}" if isinstance(value, float) else f"{key:<12} {value}")
     most = max((row["count"] for row in layers), default=1)
-    table = Table("tensor", "chosen", "of", "density", "share of the mask")
+    table = Table(Column("tensor", no_wrap=True), "chosen", "of", "density", "share of the mask")
     for row in layers:
         bar = "█" * max(1, round(_BAR * row["count"] / most))
         share = row["count"] / row["size"]
         table.add_row(row["name"], f"{row['count']:,}", f"{row['size']:,}", f"{share:.3%}", bar)
-    Console().print(table)
+    console = Console()
+    console.print(table, width=max(console.width, 130), crop=False)
 
 
 def verify(paths: Iterable[Path], as_json: bool) -> None:

@@ -183,7 +183,7 @@ def fork(tmp_path):
 
     def copy(source):
         root = tmp_path / "project"
-        shutil.copytree(getattr(source, "root", source), root, symlinks=True)
+        shutil.copytree(source.root if isinstance(source, Project) else source, root, symlinks=True)
         return Project(root)
 
     return copy
