@@ -79,12 +79,17 @@ def next_rate(means: dict[float, float], start: float) -> float | None:
     """Choose the next rate to try: the start, its neighbours, then beyond the end where the best stands.
 
     Returns:
-        The rate; None when the best has a tried neighbour on either side.
+        The rate; None when the best has a tried neighbour on either side, or lies at the end of a plateau.
     """
     if not means:
         return grid(start, 0)
     peak = best_rate(means)
-    return next((rate for rate in (grid(peak, 1), grid(peak, -1)) if rate not in means), None)
+    for move in (1, -1):
+        behind = grid(peak, -move)
+        plateau = len(means) > 2 and means.get(behind) == means[peak]  # walking on along it would never end
+        if grid(peak, move) not in means and not plateau:
+            return grid(peak, move)
+    return None
 
 
 def best_rate(means: dict[float, float]) -> float:

@@ -38,12 +38,12 @@ tasks:
     metric: accuracy
     density: 0.05
     score: {kind: label, power: square, examples: [16, 64], batch_size: 16, keep: 0.5}
-    train: {epochs: 3, batch_size: 16, optimizer: adamw, schedule: linear, warmup: 0.1, clip: 1.0}
+    train: {epochs: 6, batch_size: 16, optimizer: adamw, schedule: linear, warmup: 0.1, clip: 1.0}
 settings:
   main: {density: null, examples: null}
   denser: {density: 0.2, examples: 16}
 methods:
-  dense: {lr: {reviews: 1.0e-3}}
+  dense: {lr: {reviews: 3.0e-3}}
   fish: {lr: {reviews: 1.0e-2}}
   random: {lr: {reviews: 1.0e-2}}
 """

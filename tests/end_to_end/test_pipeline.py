@@ -32,11 +32,10 @@ def test_the_report_shows_the_metrics_of_the_cells(finished):
     assert f"{100 * sum(scores) / 2:.1f}" in page or f"{sum(scores) / 2:.3f}" in page
 
 
-def test_each_method_learns_what_the_words_mean(finished):
+def test_dense_training_learns_what_the_words_mean(finished):
     """Labels follow from two of seven words; a coin gets 0.5."""
-    for method in MAIN:
-        seeds = finished.metrics(f"train/reviews-{method}-main")["seeds"].values()
-        assert min(seed["metric"] for seed in seeds) > 0.6, method
+    seeds = finished.metrics("train/reviews-dense-main")["seeds"].values()
+    assert min(seed["metric"] for seed in seeds) > 0.8
 
 
 def test_changing_one_methods_lr_reruns_its_cells_alone(finished, fork):

@@ -26,7 +26,12 @@ def test_the_search_climbs_to_the_best_rate_of_the_grid(start, peak):
     best = best_rate(tried)
     near = [grid(10**peak, move) for move in (-1, 0, 1)]
     assert best in near
-    assert grid(best, 1) in tried and grid(best, -1) in tried
+    for move in (1, -1):
+        assert grid(best, move) in tried or tried[grid(best, -move)] == tried[best]
+
+
+def test_on_a_plateau_the_search_ends():
+    assert set(search(lambda _: 0.5, 1e-3)) == {1e-3, 2e-3, 5e-4}
 
 
 def test_a_diverged_rate_is_never_the_best_and_a_tie_goes_to_the_lower():
