@@ -18,16 +18,16 @@ def run(stage: Stage) -> None:
     cell = stage.cell
     method = method_named(cell.method or "")
     setting = stage.read(f"settings.{cell.setting}")
-    density = setting.density or stage.of_task("density")
+    own, counts = stage.of_task("density"), stage.of_task("score.examples") if method.needs_ranking else [None]
+    density, examples = setting.density or own, setting.examples or counts[-1]
     head = stage.of_task("head")
-    examples = (setting.examples or stage.of_task("score.examples")[-1]) if method.needs_ranking else None
     task = Task.load(stage.input("fetch"), stage.of_task("model"), stage.of_task("metric"))
     key = fingerprint(cell=cell, settings=stage.settings, data=task.data_digest)
     with stage.held(key, data_digest=task.data_digest):
         stage.record(examples=examples)
         for seed in stage.seeds:
             ranking = None
-            if examples:
+            if method.needs_ranking:
                 ranking = Ranking.load(stage.input("score") / f"seed-{seed}" / f"examples-{examples}.safetensors")
             mask = STRATEGIES[method.strategy](
                 task.model(seed), density=density, always=head, seed=seed, ranking=ranking
