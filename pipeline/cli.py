@@ -42,9 +42,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command; an expected failure is one line on stderr and its exit code."""
-    from pipeline.warm import share_cores
+    from pipeline.cpu import set_up_cpu
 
-    share_cores()
+    set_up_cpu()
     try:
         app(prog_name="fishmask")
     except FishmaskError as error:
@@ -65,8 +65,9 @@ def _stage(
     density: float | None = None,
 ) -> None:
     """Run one stage's cell in this process, exactly as DVC would."""
-    from pipeline.params import Params, parse_overrides
+    from pipeline.params import Params
     from pipeline.workspace import Cell, Workspace
+    from pipeline.yaml_files import parse_overrides
     from stages.runner import Stage
 
     workspace = Workspace.here()

@@ -5,6 +5,9 @@ tensor), what was expected and what to do. The command prints that line on stder
 anything else that escapes is a bug and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class FishmaskError(Exception):
     """An expected failure: its message is one line for the user, its ``code`` the process exit code."""
@@ -36,6 +39,10 @@ class ArtifactError(FishmaskError):
     code = 5
 
 
+class ForeignError(ArtifactError):
+    """A sound safetensors file that another program wrote."""
+
+
 class MismatchError(FishmaskError):
     """A sound artifact does not belong to the model at hand (wrong base, wrong shapes)."""
 
@@ -60,6 +67,12 @@ class Interrupted(FishmaskError):
     code = 143
 
 
+class WorkerError(FishmaskError):
+    """A worker of a distributed run died, hung, or cannot be reached by the others."""
+
+    code = 9
+
+
 class DivergedError(FishmaskError):
     """Training diverged: the loss or a trained value is NaN or infinite.
 
@@ -76,3 +89,15 @@ class DivergedError(FishmaskError):
         super().__init__(message)
         self.history = history or []
         self.step = step
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """Say that a name is not known, with the closest one that is.
+
+    Returns:
+        ``'wrods'; did you mean 'words'? (known: digits, words)``.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" did you mean '{near[0]}'?" if near else ""
+    return f"'{name}';{hint} (known: {', '.join(names)})"

@@ -1,21 +1,17 @@
 """params.yaml as frozen, strict models.
 
-One reader for the whole project: YAML 1.2 (as DVC reads it, so that ``5e-5`` is a number and ``off`` a string).
 A mistake becomes one line that names the file, the line, the key and what is allowed there.
 """
 
-import difflib
-import re
 from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from pipeline.errors import ParamsError
+from pipeline.errors import ParamsError, unknown
+from pipeline.yaml_files import plain, read_yaml, row_of, set_key
 
 Density = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -161,14 +157,14 @@ class Params(_Strict):
         """
         raw = read_yaml(path)
         for key, value in (overrides or {}).items():
-            _set(raw, key, value, Path(path).name)
+            set_key(raw, key, value, Path(path).name)
         try:
-            params = cls.model_validate(_plain(raw))
+            params = cls.model_validate(plain(raw))
         except ValidationError as error:
             raise ParamsError(_line(Path(path).name, raw, error)) from None
         for key, name, known in params._references():
             if name not in known:
-                where = f"{Path(path).name}:{_row(raw, key.split('.'))}: {key}"
+                where = f"{Path(path).name}:{row_of(raw, key.split('.'))}: {key}"
                 raise ParamsError(f"{where}: unknown {unknown(name, known)}")
         return params
 
@@ -213,83 +209,13 @@ class Params(_Strict):
         return here
 
 
-def unknown(name: str, known: Iterable[str]) -> str:
-    """Say that a name is not known, with the closest one that is.
-
-    Returns:
-        ``'wrods'; did you mean 'words'? (known: digits, words)``.
-    """
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f" did you mean '{near[0]}'?" if near else ""
-    return f"'{name}';{hint} (known: {', '.join(names)})"
-
-
-def read_yaml(path: Path | str) -> Any:
-    """Read a YAML 1.2 file, keeping line numbers and comments.
-
-    Returns:
-        The round-trip mapping.
-
-    Raises:
-        ParamsError: if the file is missing, no YAML, or no mapping.
-    """
-    path = Path(path)
-    try:
-        raw = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ParamsError(
-            f"{path.name}: no such file in {path.resolve().parent}; run from the project's folder"
-        ) from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        row = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ParamsError(f"{path.name}{row}: not valid YAML: {problem}") from None
-    if not isinstance(raw, dict):
-        raise ParamsError(f"{path.name}: expected a mapping of keys at the top level, found {type(raw).__name__}")
-    return raw
-
-
-def _plain(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_plain(value) for value in node]
-    return float(node) if isinstance(node, float) else node
-
-
-def _set(raw: Any, key: str, value: Any, file: str) -> None:
-    *parents, last = key.split(".")
-    here = raw
-    for part in parents:
-        if not isinstance(here, dict) or part not in here:
-            known = here if isinstance(here, dict) else ()
-            raise ParamsError(f"{file}: {key}: unknown {unknown(part, known)}")
-        here = here[part]
-    here[last] = value
-
-
-def _row(raw: Any, parts: Iterable[Any]) -> int:
-    """The line (from 1) of the deepest part of a key path that the file holds."""
-    row = 1
-    here: Any = raw
-    for part in parts:
-        try:
-            row = (here.lc.item if isinstance(here, list) else here.lc.key)(part)[0] + 1  # type: ignore[attr-defined]
-            here = here[part]
-        except (AttributeError, KeyError, IndexError, TypeError):
-            break
-    return row
-
-
 def _line(file: str, raw: Any, error: ValidationError) -> str:
     """The first mistake as one line; a misspelt key before the key that it leaves missing."""
     mistakes = error.errors()
     first = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
     parts = [part for part in first["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in parts)
-    where = f"{file}:{_row(raw, parts)}: {key}"
+    where = f"{file}:{row_of(raw, parts)}: {key}"
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key {unknown(str(parts[-1]), _fields(parts[:-1]))}"
     if first["type"] == "missing":
@@ -310,54 +236,3 @@ def _fields(parts: Iterable[Any]) -> list[str]:
         elif isinstance(model, type) is False and getattr(model, "__args__", None):
             model = model.__args__[-1]
     return list(getattr(model, "model_fields", {}))
-
-
-def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """Parse ``KEY=VALUE`` arguments; a value is read as YAML.
-
-    Returns:
-        Dotted key -> value.
-
-    Raises:
-        ParamsError: if a pair has no ``=`` or its value is no YAML.
-    """
-    overrides: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ParamsError(f"--set {pair}: expected KEY=VALUE, such as tasks.words.density=0.01")
-        try:
-            overrides[key] = YAML(typ="safe").load(value)
-        except YAMLError:
-            raise ParamsError(f"--set {pair}: the value is not valid YAML") from None
-    return overrides
-
-
-def edit_yaml(path: Path, changes: Mapping[str, Any]) -> None:
-    """Change values of a YAML file in place; comments, order and every other character of it stay.
-
-    Args:
-        path: the file.
-        changes: dotted key -> new scalar value; each key must be there.
-
-    Raises:
-        ParamsError: if a key is not there, or its value is not a plain scalar on one line.
-    """
-    from pipeline.files import write_bytes  # imports torch, which most readers of params.yaml do without
-
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for key, value in changes.items():
-        raw: Any = YAML(typ="rt").load("".join(lines))
-        *parents, last = key.split(".")
-        here: Any = raw
-        for part in parents:
-            here = here.get(part) if isinstance(here, dict) else None
-        if not isinstance(here, dict) or last not in here:
-            raise ParamsError(f"{path.name}: {key}: no such key to change")
-        row, column = here.lc.value(last)  # type: ignore[attr-defined]
-        old = re.match(r"[^\s,}\]#]+", lines[row][column:])
-        if old is None or isinstance(here[last], (dict, list)):
-            raise ParamsError(f"{path.name}:{row + 1}: {key}: expected a plain value there")
-        text = repr(value) if isinstance(value, float) else str(value)
-        lines[row] = lines[row][:column] + text + lines[row][column + old.end() :]
-    write_bytes(path, "".join(lines).encode())

@@ -18,11 +18,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.errors import FishmaskError, ParamsError
+from pipeline.errors import FishmaskError, ParamsError, unknown
 from pipeline.files import write_bytes
-from pipeline.params import Params, read_yaml, unknown
+from pipeline.params import Params
 from pipeline.warm import warm_process
 from pipeline.workspace import VERSION, Cell, Workspace
+from pipeline.yaml_files import read_yaml
 
 _FEW = 2  # stages that are started cold: warming up would cost as much
 _PACKAGES = ("torch", "torchvision", "transformers", "datasets", "dvc", "mlflow", "typer", "safetensors", "numpy")

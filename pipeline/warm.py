@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+from pipeline.cpu import set_up_cpu
+
 SOCKET = "FISHMASK_WARM"
 """The environment variable that names the socket."""
 
@@ -40,18 +42,7 @@ _IMPORTS = (
     "transformers.models.bert.modeling_bert",
     "transformers.models.auto.tokenization_auto",
 )
-_PATIENCE = ("GOMP_SPINCOUNT", "5000")  # a few microseconds
 _MESSAGE = 1 << 20  # bytes; arguments and environment are far smaller
-
-
-def share_cores() -> None:
-    """Make idle OpenMP threads sleep soon instead of spinning; call it before torch is imported.
-
-    Long spinning gains nothing here, and costs fivefold where another process wants a core: the thread with work
-    waits for the one that spins (4.5 s against 0.8 s for a loop of small products, two threads, two busy cores).
-    Not spinning at all makes a training step on idle cores 1.5x slower.
-    """
-    os.environ.setdefault(*_PATIENCE)
 
 
 @contextlib.contextmanager
@@ -101,7 +92,7 @@ def serve(number: int) -> None:
     """Import what stages need, then fork one child for each that asks at the socket; ends with its parent."""
     from pipeline.process import end_with_parent
 
-    share_cores()
+    set_up_cpu()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them
     with socket.socket(fileno=number) as listener:

@@ -1,6 +1,7 @@
 """One file per DVC stage: read its params, call pipeline, write its outs."""
 
-from pipeline.warm import hand_over, share_cores
+from pipeline.cpu import set_up_cpu
+from pipeline.warm import hand_over
 
 hand_over()
-share_cores()
+set_up_cpu()

@@ -6,10 +6,10 @@ Writes ``artifacts/mask/<task>-<method>-<setting>/seed-N/mask.safetensors``. Tak
 """
 
 from pipeline.masks.ranking import Ranking
-from pipeline.masks.select import STRATEGIES
 from pipeline.tasks.base import Task
-from pipeline.training.methods import method_named
+from pipeline.training.methods import mask_for, method_named
 from pipeline.training.resume import fingerprint
+from pipeline.workspace import VERSION
 from stages.runner import Stage, main
 
 
@@ -18,8 +18,9 @@ def run(stage: Stage) -> None:
     cell = stage.cell
     method = method_named(cell.method or "")
     setting = stage.read(f"settings.{cell.setting}")
-    own, counts = stage.of_task("density"), stage.of_task("score.examples") if method.needs_ranking else [None]
-    density, examples = setting.density or own, setting.examples or counts[-1]
+    density, examples = setting.density or stage.of_task("density"), None
+    if method.needs_ranking:
+        examples = setting.examples or stage.of_task("score.examples")[-1]
     head = stage.of_task("head")
     task = Task.load(stage.input("fetch"), stage.of_task("model"), stage.of_task("metric"))
     key = fingerprint(cell=cell, settings=stage.settings, data=task.data_digest)
@@ -27,12 +28,11 @@ def run(stage: Stage) -> None:
         stage.record(examples=examples)
         for seed in stage.seeds:
             ranking = None
-            if method.needs_ranking:
+            if examples is not None:
                 ranking = Ranking.load(stage.input("score") / f"seed-{seed}" / f"examples-{examples}.safetensors")
-            mask = STRATEGIES[method.strategy](
-                task.model(seed), density=density, always=head, seed=seed, ranking=ranking
-            )
-            mask.info |= {"task": task.name, "method": cell.method, "setting": cell.setting, "seed": seed}
+            model = task.model(seed)
+            mask = mask_for(method.name, model, density=density, head=head, seed=seed, ranking=ranking)
+            mask.info |= {"task": task.name, "setting": cell.setting, "seed": seed, "fishmask": VERSION}
             size = mask.save(stage.folder(seed) / "mask.safetensors")
             layers = {name: {"count": mask.count(name), "numel": mask.index.numel(name)} for name in mask.index}
             stage.record(seed, nnz=mask.nnz, density=mask.density, bytes=size, digest=mask.digest, layers=layers)

@@ -127,12 +127,10 @@ class Stage:
         if "seeds" in document:
             document["seeds"] = dict(sorted(document["seeds"].items(), key=lambda item: int(item[0])))
         if self._record:
-            self._metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._metrics_file, document)
+            _write(self._metrics_file, document)
         timing = {"seconds": round(seconds, 3), "peak_rss_mib": round(peak, 1)} | self._timing
         if not self._private:
-            self.workspace.timing(cell).parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.workspace.timing(cell), timing)
+            _write(self.workspace.timing(cell), timing)
 
 
 def experiment(profile: str) -> str:
@@ -169,6 +167,11 @@ def _make_empty(folder: Path) -> None:
         folder.mkdir(parents=True)
     except OSError as error:
         raise StorageError(f"{folder}: cannot make the output folder: {error.strerror}") from None
+
+
+def _write(file: Path, document: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, document)
 
 
 def _replace(made: Path, final: Path) -> None:

@@ -16,6 +16,7 @@ from pipeline.progress import ProgressLine
 from pipeline.tasks.base import Task
 from pipeline.training.device import Device, choose_device
 from pipeline.training.resume import fingerprint
+from pipeline.workspace import VERSION
 from stages.runner import Stage, main, use_threads
 
 
@@ -43,6 +44,7 @@ def _rank(stage: Stage, task: Task, settings: ScoreParams, head: list[str], devi
         "seed": seed,
         "data": task.data_digest,
         "base": base_digest(model),
+        "fishmask": VERSION,
     }
     scores: dict[str, torch.Tensor] = {}
     seen, name = 0, f"score {stage.cell.name} seed {seed}"

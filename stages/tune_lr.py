@@ -21,15 +21,14 @@ from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.fisher import fisher_diagonal
 from pipeline.masks.mask import Mask
-from pipeline.masks.ranking import Ranking
-from pipeline.masks.select import STRATEGIES
-from pipeline.params import Params, TaskParams, edit_yaml
+from pipeline.params import Params, TaskParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.fitting import fit_task
 from pipeline.training.device import Device, choose_device
-from pipeline.training.methods import method_named
+from pipeline.training.methods import mask_for, method_named
 from pipeline.training.recipe import Recipe
 from pipeline.workspace import Cell, Workspace
+from pipeline.yaml_files import edit_yaml
 from stages.runner import use_threads
 
 STEPS = (1.0, 2.0, 5.0)
@@ -109,14 +108,12 @@ def grid(rate: float, move: int) -> float:
 def _mask(task: Task, settings: TaskParams, method: str, seed: int, device: Device) -> Mask:
     """The method's mask, from the ``fit`` part of train alone."""
     model = task.model(seed).to(device.device)
-    ranking = None
+    scores = None
     if method_named(method).needs_ranking:
         score = settings.score
         batches = task.examples(score.examples[-1], score.batch_size, seed=seed, split="fit")
         scores = fisher_diagonal(model, batches, kind=score.kind, power=score.power)
-        ranking = Ranking.of(scores, score.keep, settings.head)
-    strategy = STRATEGIES[method_named(method).strategy]
-    return strategy(model, density=settings.density, always=settings.head, seed=seed, ranking=ranking)
+    return mask_for(method, model, density=settings.density, head=settings.head, seed=seed, ranking=scores)
 
 
 def _score(

@@ -1,6 +1,5 @@
 """Pick the columns a task needs out of its raw splits, and check every value in them."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, unknown
 from pipeline.tasks.raw import RawSplit
 
 
@@ -23,11 +22,7 @@ def column(split: RawSplit, name: str, key: str) -> pa.Array:
     """
     there = split.table.column_names
     if name not in there:
-        near = difflib.get_close_matches(name, there, 1)
-        raise DataError(
-            f"{split.where}: no column '{name}' ({key}); its columns are {', '.join(there)}"
-            + (f"; did you mean '{near[0]}'?" if near else "")
-        )
+        raise DataError(f"{split.where}: {key}: no column {unknown(name, there)}")
     values = split.table.column(name).combine_chunks()
     return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
 

@@ -221,6 +221,7 @@ class _Run:
             device=self.place.type,
             torch=torch.__version__,
             threads=torch.get_num_threads(),
+            cpu=torch.backends.cpu.get_cpu_capability(),
         )
         saved, note = self.resume.load()
         if saved is None:

@@ -102,6 +102,11 @@ class MaskedParameters:
     ) -> None:
         self.release()
 
+    @property
+    def model(self) -> nn.Module:
+        """The masked model, without the wrapper of ``torch.compile``."""
+        return self._model
+
     def __repr__(self) -> str:
         return f"MaskedParameters({self.values.numel()} of {self.mask.index.total}, {self._device})"
 
@@ -152,7 +157,7 @@ class MaskedParameters:
         self._unbind()
         self.mask = mask
         self._bind(parameters)
-        kept, source = (t.to(self._device) for t in _staying(old, mask))
+        kept, source = (t.to(self._device) for t in staying(old, mask))
         fresh = self._read()
         fresh[kept] = theta[source]
         self.values.grad = None
@@ -279,7 +284,7 @@ def _only_device(parameters: dict[str, nn.Parameter]) -> torch.device:
     return first or torch.device("cpu")
 
 
-def _staying(old: Mask, new: Mask) -> tuple[Tensor, Tensor]:
+def staying(old: Mask, new: Mask) -> tuple[Tensor, Tensor]:
     """Match the coordinates that two masks of one model share.
 
     Returns:

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from torch import Tensor, nn
 
-from pipeline.errors import ParamsError
+from pipeline.errors import ParamsError, unknown
 from pipeline.masks.mask import Mask
 from pipeline.masks.ranking import Ranking
 from pipeline.masks.select import STRATEGIES
@@ -56,9 +55,7 @@ def method_named(name: str) -> Method:
         ParamsError: if there is none of that name; suggests the closest.
     """
     if name not in METHODS:
-        near = get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise ParamsError(f"unknown method '{name}'; {hint}methods: {', '.join(METHODS)}")
+        raise ParamsError(f"unknown method {unknown(name, METHODS)}")
     return METHODS[name]
 
 

@@ -102,7 +102,7 @@ def test_a_missing_column_names_those_there_and_the_closest():
     with pytest.raises(DataError) as caught:
         encode_labels(raw(train=[0, 1], validation=[0]), "lable")
     assert str(caught.value) == (
-        "train.csv: no column 'lable' (data.label); its columns are label; did you mean 'label'?"
+        "train.csv: data.label: no column 'lable'; did you mean 'label'? (known: label)"
     )
 
 

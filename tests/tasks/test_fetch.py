@@ -129,9 +129,9 @@ BAD_SETTINGS = [
     (
         dict(text=("txt",)),
         DataError,
-        "no column 'txt' (data.text); its columns are text, label; did you mean 'text'?",
+        "data.text: no column 'txt'; did you mean 'text'? (known: label, text)",
     ),
-    (dict(label="labels"), DataError, "no column 'labels' (data.label)"),
+    (dict(label="labels"), DataError, "data.label: no column 'labels'"),
     (dict(text=("text",) * 3), ParamsError, "tasks.mine.data.text: 3 columns; expected one, or two"),
     (dict(text=("label",)), DataError, "column 'label' (data.text) holds int64; expected text"),
     (dict(limit={"trian": 3}), ParamsError, "tasks.mine.data.limit: no split 'trian'; expected train, validation"),

@@ -79,7 +79,7 @@ def test_a_compiled_model_gets_the_same_mask(name: str) -> None:
 def test_an_unknown_method_is_refused_with_the_closest_name() -> None:
     with pytest.raises(ParamsError, match="unknown method 'fisch'; did you mean 'fish'"):
         method_named("fisch")
-    with pytest.raises(ParamsError, match="unknown method 'xyz'; methods: dense, fish"):
+    with pytest.raises(ParamsError, match="unknown method 'xyz'; .known: bitfit, dense, fish"):
         mask_for("xyz", network(), density=0.1, head=HEAD, seed=0)
 
 
