@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/fishmask demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: format lint types test
 
