@@ -5,7 +5,7 @@ The public names. They are imported on first use, so that ``import pipeline`` co
     from pipeline import ParameterIndex, base_digest                   # a model as one flat space
     from pipeline import fisher_diagonal, Ranking, Mask                # what to train
     from pipeline import MaskedParameters, fit, Recipe                 # training it
-    from pipeline import Delta                                         # keeping it
+    from pipeline import Delta, Chain                                  # keeping it
 
 Source: Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021 (arXiv 2111.09839).
 """
@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.deltas.chain import Chain
     from pipeline.deltas.delta import Delta
     from pipeline.fisher import fisher_diagonal
     from pipeline.masks.mask import Mask
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.training.masked import MaskedParameters
 
 __all__ = [
+    "Chain",
     "Delta",
     "Mask",
     "MaskedParameters",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Chain": "pipeline.deltas.chain",
     "Delta": "pipeline.deltas.delta",
     "Mask": "pipeline.masks.mask",
     "MaskedParameters": "pipeline.training.masked",

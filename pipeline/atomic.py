@@ -1,4 +1,4 @@
-"""Replacing a file atomically and durably: after a crash it holds the old bytes or the new ones, never a mix."""
+"""Replacing and removing files durably: after a crash one holds the old bytes or the new ones, never a mix."""
 
 import errno
 import os
@@ -21,8 +21,15 @@ _ADVICE = {
 }
 
 
-def replace_file(path: Path, parts: Iterable[bytes | bytearray | memoryview]) -> None:
+def replace_file(
+    path: Path, parts: Iterable[bytes | bytearray | memoryview], *, mode: int | None = None
+) -> None:
     """Write parts to a temporary file beside ``path``, make it durable, and put it in the place of ``path``.
+
+    Args:
+        path: the file; where it exists, its permissions are kept.
+        parts: its new bytes.
+        mode: permissions of a new file, before any byte is in it. [as the umask has it]
 
     Raises:
         StorageError: if that fails; the old file is as it was and no temporary file stays behind.
@@ -33,7 +40,9 @@ def replace_file(path: Path, parts: Iterable[bytes | bytearray | memoryview]) ->
         try:
             with open(descriptor, "wb") as file:
                 if path.exists():
-                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+                    mode = stat.S_IMODE(path.stat().st_mode)
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
                 for part in parts:
                     file.write(part)
                 file.flush()
@@ -42,13 +51,35 @@ def replace_file(path: Path, parts: Iterable[bytes | bytearray | memoryview]) ->
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "choose another folder")
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}; {advice}") from None
+        raise StorageError(f"{path}: {reason(error)}") from None
 
 
-def _sync_folder(folder: Path) -> None:
+def remove_file(path: Path) -> None:
+    """Remove a file, durably: what is removed before another is gone before it, whatever crashes.
+
+    Raises:
+        StorageError: if that fails.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be removed: {error.strerror or error}; free the file") from None
+
+
+def reason(error: OSError) -> str:
+    """Say why something cannot be written, and what to do.
+
+    Returns:
+        The end of a message.
+    """
+    advice = _ADVICE.get(error.errno or 0, "choose another folder")
+    return f"cannot be written: {error.strerror or error}; {advice}"
+
+
+def sync_folder(folder: Path) -> None:
     """Make a rename durable, where the file system knows how to."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

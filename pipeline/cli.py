@@ -23,6 +23,10 @@ app = typer.Typer(
 )
 profiles = typer.Typer(help="List, show or switch the profiles of params.yaml.", no_args_is_help=True)
 app.add_typer(profiles, name="profile", rich_help_panel="The pipeline")
+checkpoints = typer.Typer(
+    help="Train with a chain of checkpoints; list, restore, squash or prune one.", no_args_is_help=True
+)
+app.add_typer(checkpoints, name="checkpoint", rich_help_panel="Masks and deltas")
 
 PIPELINE, STAGES, ARTIFACTS, PROJECT = "The pipeline", "Single stages", "Masks and deltas", "This project"
 
@@ -217,49 +221,182 @@ def profile_use(
 
 
 @app.command(rich_help_panel=ARTIFACTS)
-def inspect(file: Path, as_json: AsJson = False) -> None:
+def inspect(
+    file: Path,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base model, to measure a delta's change against.")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option("--depth", min=1, help="Name parts to group tensors by. [as many as fit]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what a mask, ranking or delta file holds, layer by layer."""
     from pipeline import inspection
 
-    inspection.show(inspection.describe(file), as_json)
+    inspection.show(inspection.describe(file, base), depth, as_json)
 
 
 @app.command(rich_help_panel=ARTIFACTS)
 def verify(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Files or folders. [artifacts/]")] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(help="Files or folders. [all that dvc.lock names]")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte of masks, rankings and deltas against their checksums."""
-    from pipeline import inspection
+    """Check files against their checksums, and the whole project against dvc.lock."""
+    from pipeline import verification
 
-    inspection.verify(paths or [Path("artifacts")], as_json)
+    verification.verify(paths or [], as_json)
 
 
-Base = Annotated[str, typer.Option("--base", help="The base model: a safetensors file, or a model folder.")]
+_MODEL = "a safetensors file, shards with an index, or a model folder"
+Base = Annotated[str, typer.Option("--base", help=f"The base model: {_MODEL}.")]
+Tuned = Annotated[str, typer.Argument(help=f"The tuned model: {_MODEL}.")]
 Result = Annotated[Path, typer.Option("--out", "-o", help="Where the new model goes.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what stands at --out.")]
 
 
 @app.command(rich_help_panel=ARTIFACTS)
-def apply(delta: Path, base: Base, out: Result) -> None:
+def apply(delta: Path, base: Base, out: Result, force: Force = False, as_json: AsJson = False) -> None:
     """Write base + delta as a new model, bit for bit what was trained."""
     from pipeline import application
 
-    print(application.apply(delta, base, out))
+    application.apply(delta, base, out, force=force).show(as_json)
 
 
 @app.command(rich_help_panel=ARTIFACTS)
 def revert(
     delta: Path,
-    tuned: Annotated[str, typer.Argument(help="The tuned model: a safetensors file, or a model folder.")],
+    tuned: Tuned,
     out: Result,
     base: Annotated[
         str | None, typer.Option("--base", help="The base, where the delta keeps no values of it.")
     ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the base again, from a tuned model and its delta."""
     from pipeline import application
 
-    print(application.revert(delta, tuned, out, base))
+    application.revert(delta, tuned, out, base, force=force).show(as_json)
+
+
+@app.command(rich_help_panel=ARTIFACTS)
+def diff(
+    base: Annotated[str, typer.Argument(help=f"The base model: {_MODEL}.")],
+    tuned: Tuned,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The delta file to write.")],
+    keep_base: Annotated[bool, typer.Option("--keep-base", help="Make it revertible without the base.")] = False,
+    thin: Annotated[bool, typer.Option("--thin", help="Smaller; cannot be read without the base.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the exact delta of two models of equal shapes: wherever a bit differs."""
+    from pipeline import difference
+
+    difference.diff(base, tuned, out, keep_base=keep_base, thin=thin, force=force).show(as_json)
+
+
+@app.command(rich_help_panel=ARTIFACTS)
+def compose(
+    deltas: Annotated[list[Path], typer.Argument(help="Deltas of one base.")],
+    base: Base,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The delta file to write.")],
+    method: Annotated[str, typer.Option("--method", "-m", help="add, ties or dare.")] = "add",
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", "-w", help="Of each delta in turn, or one for all. [1]")
+    ] = None,
+    density: Annotated[float | None, typer.Option("--density", help="ties: share of changes kept. [0.2]")] = None,
+    drop: Annotated[float | None, typer.Option("--drop", help="dare: share of changes dropped. [0.9]")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="dare: of the draws. [0]")] = None,
+    head: Annotated[int | None, typer.Option("--head", help="Take the head from this delta, from 0.")] = None,
+    buffers: Annotated[str, typer.Option("--buffers", help="equal, base, or this delta's, from 0.")] = "equal",
+    report: Annotated[bool, typer.Option("--report", help="Show overlaps and conflicts, too.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compose deltas of one base into one: a weighted sum, TIES or DARE."""
+    from pipeline import composition
+
+    done = composition.compose(
+        deltas, base, out, method, weights=weight, density=density, drop=drop, seed=seed, head=head,
+        buffers=buffers, report=report, force=force,
+    )  # fmt: skip
+    done.show(as_json)
+    if report and not as_json:
+        composition.show_overlap(done.facts["overlap"])
+
+
+@app.command(rich_help_panel=ARTIFACTS)
+def export(
+    delta: Path,
+    base: Base,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for dense and peft, else a file.")],
+    to: Annotated[str, typer.Option("--to", help="dense, peft, git-theta or vllm.")],
+    whole: Annotated[bool, typer.Option("--whole", help="peft: keep modules whole where it must be.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a delta for another tool: a dense model, PEFT, git-theta or vLLM."""
+    from pipeline import exporting
+
+    exporting.export(delta, base, to, out, whole=whole, force=force).show(as_json)
+
+
+@checkpoints.command("run")
+def checkpoint_run(
+    task: Task,
+    setting: Annotated[str, typer.Option("--setting", help="A name below checkpoints in params.yaml.")],
+    method: Method = "fish",
+    seed: Seed = None,
+    out: Out = None,
+    set_: Sets = None,
+    mlflow: Track = True,
+) -> None:
+    """Train one cell of Table 4, whose every epoch is a step of a chain."""
+    from stages import checkpoint as module
+
+    _stage(module.run, ("checkpoint", task, method, setting), seed, out, set_, mlflow)
+
+
+@checkpoints.command("list")
+def checkpoint_list(folder: Path, as_json: AsJson = False) -> None:
+    """Show the steps of a chain and their bytes, against dense checkpoints."""
+    from pipeline import chains
+
+    chains.show(chains.describe(folder), as_json)
+
+
+@checkpoints.command("restore")
+def checkpoint_restore(
+    folder: Path,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .safetensors file, or a new model folder.")],
+    step: Annotated[int, typer.Option("--step", help="0 is the base, -1 the newest.")] = -1,
+    base: Annotated[str | None, typer.Option("--base", help="The base, where the chain keeps none.")] = None,
+) -> None:
+    """Write any state of a chain as a model, bit for bit."""
+    from pipeline import chains
+
+    print(chains.restore(folder, step, out, base))
+
+
+@checkpoints.command("squash")
+def checkpoint_squash(folder: Path, first: int, last: int) -> None:
+    """Join the steps FIRST to LAST into one; the states between them go."""
+    from pipeline import chains
+
+    print(chains.squash(folder, first, last))
+
+
+@checkpoints.command("prune")
+def checkpoint_prune(
+    folder: Path,
+    keep: Annotated[int | None, typer.Option("--keep", min=1, help="Keep the newest so many steps.")] = None,
+    step: Annotated[list[int] | None, typer.Option("--step", help="Keep this step; repeat for several.")] = None,
+) -> None:
+    """Drop steps; those kept restore as before."""
+    from pipeline import chains
+
+    print(chains.prune(folder, keep, step or []))
 
 
 @app.command(rich_help_panel=PROJECT)

@@ -29,7 +29,7 @@ from torch import Tensor
 from pipeline.atomic import replace_file
 from pipeline.canonical import canonical_json, strict_json
 from pipeline.canonical import plain_json as plain_json
-from pipeline.errors import ArtifactError, ParamsError
+from pipeline.errors import ArtifactError, ForeignError, ParamsError
 from pipeline.parameters import tensor_bytes
 
 DTYPES = {
@@ -145,18 +145,9 @@ def read_file(
     Raises:
         ArtifactError: if the file is missing, corrupt, truncated, too long, foreign, of another format, or of a
             newer version; the message names the file, the section and the reason.
-    """
+    """  # noqa: DOC502 - raised by what it calls
     with _opened(path) as (file, size):
-        head, start = _read_header(path, file, size)
-        about = _about(path, head)
-        if about["format"] != format:
-            raise ArtifactError(f"{path}: is a {about['format']} file; expected a {format} file")
-        if about["version"] > version:
-            raise ArtifactError(
-                f"{path}: is a {format} file of version {about['version']}, written by a newer fishmask; this one "
-                f"reads up to version {version}: upgrade fishmask"
-            )
-        layout = _layout(path, head, about["sections"], size - start)
+        about, layout = _expected(path, file, size, format, version)
         sections = {name: _read_section(path, file, name, *layout[name]) for name in layout}
     for name, tensor in sections.items():
         if _checksum(tensor_bytes(tensor)) != about["sections"][name]:
@@ -164,6 +155,27 @@ def read_file(
         if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
             _corrupt(path, name, "a boolean is neither 0 nor 1")
     return about["meta"], sections
+
+
+def read_header(
+    path: str | os.PathLike[str], *, format: str, version: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Read what an artifact says of itself, its header and sizes verified, its sections left unread.
+
+    Args:
+        path: the file.
+        format: what it must be.
+        version: the newest layout the caller knows.
+
+    Returns:
+        meta, and the bytes of each section by name.
+
+    Raises:
+        ArtifactError: as in ``read_file``, but for the content of sections.
+    """  # noqa: DOC502 - raised by what it calls
+    with _opened(path) as (file, size):
+        about, layout = _expected(path, file, size, format, version)
+    return about["meta"], {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.items()}
 
 
 def format_of(path: str | os.PathLike[str]) -> str:
@@ -218,7 +230,7 @@ def _read_header(path: str | os.PathLike[str], file: BinaryIO, size: int) -> tup
     known = raw[8:start] == _START and len(raw) >= start + 64
     if not known or _checksum(raw[:start] + _ZEROS + raw[start + 64 :]).encode() != raw[start : start + 64]:
         if _is_foreign(raw[8:]):
-            raise ArtifactError(f"{path}: is a safetensors file, but not one written by fishmask")
+            raise ForeignError(f"{path}: is a safetensors file, but not one written by fishmask")
         _corrupt(path, "header", "its checksum does not match" if known else "it is no fishmask header")
     try:
         head = strict_json(raw[8:].decode())
@@ -237,6 +249,22 @@ def _is_foreign(header: bytes) -> bool:
     entries = [entry for name, entry in head.items() if name != "__metadata__"] if about is not None else []
     ours = isinstance(about, dict) and ("fishmask" in about or "checksum" in about)
     return about is not None and not ours and all(isinstance(e, dict) and "data_offsets" in e for e in entries)
+
+
+def _expected(
+    path: str | os.PathLike[str], file: BinaryIO, size: int, format: str, version: int
+) -> tuple[dict[str, Any], dict[str, tuple[torch.dtype, list[int]]]]:
+    """Read the header of a file that must be of a format and version; returns what it says, and the layout."""
+    head, start = _read_header(path, file, size)
+    about = _about(path, head)
+    if about["format"] != format:
+        raise ArtifactError(f"{path}: is a {about['format']} file; expected a {format} file")
+    if about["version"] > version:
+        raise ArtifactError(
+            f"{path}: is a {format} file of version {about['version']}, written by a newer fishmask; this one "
+            f"reads up to version {version}: upgrade fishmask"
+        )
+    return about, _layout(path, head, about["sections"], size - start)
 
 
 def _about(path: str | os.PathLike[str], head: Any) -> dict[str, Any]:

@@ -1,26 +1,27 @@
-"""What an artifact file holds, and whether every byte of it is as it was written."""
+"""What an artifact file holds: identity, provenance, bytes by kind, and what it changes layer by layer."""
 
 import json
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
-
+from pipeline import application, chart
+from pipeline.deltas.chain import Chain
 from pipeline.deltas.delta import Delta
-from pipeline.errors import ArtifactError
-from pipeline.files import format_of
+from pipeline.errors import ArtifactError, ParamsError
+from pipeline.files import format_of, read_header
 from pipeline.masks.mask import Mask
 from pipeline.masks.ranking import Ranking
 
-_READERS: dict[str, Callable[[Path], Mask | Delta | Ranking]] = {
+READERS: dict[str, Callable[[Path], Mask | Delta | Ranking]] = {
     "fishmask-mask": Mask.load,
     "fishmask-delta": Delta.load,
     "fishmask-ranking": Ranking.load,
 }
-_BAR = 24  # characters of the longest bar
+_FLOAT = 4  # bytes of a parameter where nothing says its dtype
+_KINDS = {"tensors": "coordinates", "coordinates": "coordinates", "buffers": "buffers", "base": "base"}
 
 
 def load(path: Path) -> Mask | Delta | Ranking:
@@ -33,83 +34,177 @@ def load(path: Path) -> Mask | Delta | Ranking:
         ArtifactError: if the file is corrupt, or of none of these formats.
     """
     found = format_of(path)
-    if found not in _READERS:
-        raise ArtifactError(f"{path}: is a {found} file; expected one of {', '.join(_READERS)}")
-    return _READERS[found](path)
+    if found not in READERS:
+        raise ArtifactError(f"{path}: is a {found} file; expected one of {', '.join(READERS)}")
+    return READERS[found](path)
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Describe an artifact file.
+def describe(path: Path, base: str | None = None) -> dict[str, Any]:
+    """Describe an artifact file, or the folder of a chain.
+
+    Args:
+        path: a mask, delta or ranking; or a chain's folder, which is described by its ``steps`` instead of layers.
+        base: the base model of a delta, as in ``application.apply``: to measure the change against.
 
     Returns:
-        Identity, size and provenance, and ``layers``: one row a tensor that has coordinates.
+        Identity, provenance (``info``), ``sizes`` of the file by kind of content, and ``layers``: one row a tensor
+        with ``name``, ``count`` (chosen), ``size`` (all), ``density``, ``bytes`` (of values; None in a mask), and
+        for deltas ``norm``: ‖trained - base‖₂, None where the base's values are not known.
+
+    Raises:
+        ParamsError: if a base is given for what is no delta.
     """
+    if path.is_dir() and base is None:
+        return _chain(path)
     artifact = load(path)
-    facts: dict[str, Any] = {"file": str(path), "format": format_of(path), "bytes": path.stat().st_size}
-    facts |= {"digest": artifact.digest, "info": artifact.info}
-    if isinstance(artifact, Ranking):
-        rows = [{"name": n, "count": s["count"], "size": prod(artifact.index.shapes[n])} | s
-                for n, s in artifact.summary.items()]  # fmt: skip
-        return facts | {"coordinates": artifact.nnz, "parameters": artifact.index.total, "layers": rows}
     mask = artifact if isinstance(artifact, Mask) else artifact.mask
-    facts |= {"coordinates": mask.nnz, "parameters": mask.index.total, "density": mask.density}
+    kind, size = format_of(path), path.stat().st_size
+    if base is not None and not isinstance(artifact, Delta):
+        raise ParamsError(f"--base: {path} is a {kind} file; a base is compared with deltas only")
+    facts: dict[str, Any] = {"file": str(path), "format": kind, "digest": artifact.digest}
+    widths = dict.fromkeys(mask.index, 0 if artifact is mask else _FLOAT)
+    dense, norms = _FLOAT * mask.index.total, {}
     if isinstance(artifact, Delta):
         facts |= {
             "mask": mask.digest,
-            "base": artifact.base,
-            "values": artifact.nbytes,
             "keeps base": artifact.known.values is not None,
-            "buffers": {name: list(b.shape) for name, b in artifact.buffers.items()},
+            "buffers": {name: list(buffer.shape) for name, buffer in artifact.buffers.items()},
         }
-        return facts | {"layers": [row for row in artifact.summary() if row["count"]]}
-    layers = [
-        {"name": n, "count": mask.count(n), "size": mask.index.numel(n)} for n in mask.index if mask.count(n)
+        forms = artifact.layout.parameters
+        widths = {name: forms[name][0].itemsize for name in mask.index}
+        dense = sum(dtype.itemsize * prod(shape) for dtype, shape in forms.values())
+        dense += sum(buffer.numel() * buffer.element_size() for buffer in artifact.buffers.values())
+        norms = _norms(artifact, base)
+    sizes = _sizes(path, kind, size)
+    facts |= {"coordinates": mask.nnz, "parameters": mask.index.total, "density": mask.density}
+    facts |= {"bytes": size, "sizes": sizes, "dense_bytes": dense, "ratio": dense / size, "info": artifact.info}
+    facts |= {"provenance": _provenance(artifact)}
+    rows: list[dict[str, Any]] = []
+    for name in mask.index:
+        count, numel = mask.count(name), mask.index.numel(name)
+        row = {"name": name, "count": count, "size": numel, "density": count / max(numel, 1)}
+        row |= {"bytes": count * widths[name] if widths[name] else None}
+        row |= {"norm": norms.get(name)} if isinstance(artifact, Delta) else {}
+        row |= artifact.summary[name] if isinstance(artifact, Ranking) else {}
+        rows.append(row)
+    return facts | {"layers": rows}
+
+
+def show(facts: dict[str, Any], depth: int | None, as_json: bool) -> None:
+    """Print a description.
+
+    Args:
+        facts: as ``describe`` gives them.
+        depth: parts of a name to group tensors by; None: as many as leave few rows, and no groups in JSON.
+        as_json: print JSON: the facts, and ``groups`` where a depth is given.
+    """
+    if "steps" in facts:
+        _show_chain(facts, as_json)
+        return
+    layers = facts["layers"]
+    if as_json:
+        groups = {} if depth is None else {"groups": _chosen(chart.grouped(layers, depth))}
+        print(json.dumps({**facts, "layers": _chosen(layers)} | groups))
+        return
+    for key, value in _headline(facts).items():
+        print(f"{key:<11} {value}")
+    rows = chart.grouped(layers, depth or chart.readable_depth(layers))
+    print("\n".join(["", *chart.lines(_chosen(rows), chart.terminal_width())]))
+
+
+def _chain(folder: Path) -> dict[str, Any]:
+    """Describe a chain: its bytes against dense checkpoints, and a row a step."""
+    chain = Chain.open(folder)
+    steps = [
+        {
+            "name": f"step {step.number}",
+            "count": step.count,
+            "bytes": sum(step.nbytes.values()),
+            "state": step.state,
+        }
+        | {"after": step.after, "mask": step.mask, "sizes": step.nbytes, "info": step.info}
+        for step in chain.steps
     ]
-    return facts | {"layers": layers}
+    facts = {
+        "file": str(folder),
+        "format": "fishmask-chain",
+        "bytes": chain.nbytes,
+        "keeps base": chain.keeps_base,
+    }
+    facts |= {"dense_bytes": chain.dense_nbytes, "ratio": chain.dense_nbytes / chain.nbytes}
+    return facts | {"info": chain.info, "steps": steps}
 
 
-def show(facts: dict[str, Any], as_json: bool) -> None:
-    """Print a description: JSON, or a table with a bar for each tensor's share of the coordinates."""
+def _show_chain(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    layers = facts.pop("layers")
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name}={entry}" for name, entry in value.items()) or "none"
-        print(f"{key:<12} {value:.6g}" if isinstance(value, float) else f"{key:<12} {value}")
-    most = max((row["count"] for row in layers), default=1)
-    table = Table(Column("tensor", no_wrap=True), "chosen", "of", "density", "share of the mask")
-    for row in layers:
-        bar = "█" * max(1, round(_BAR * row["count"] / most))
-        share = row["count"] / row["size"]
-        table.add_row(row["name"], f"{row['count']:,}", f"{row['size']:,}", f"{share:.3%}", bar)
-    console = Console()
-    console.print(table, width=max(console.width, 130), crop=False)
+    for key in ("file", "format"):
+        print(f"{key:<11} {facts[key]}")
+    base = "with its base" if facts["keeps base"] else "without its base"
+    print(f"{'bytes':<11} {facts['bytes']:,}: {len(facts['steps'])} steps, {base}")
+    print(f"{'dense':<11} {facts['dense_bytes']:,} bytes, {facts['ratio']:,.1f} times as many")
+    print("\n".join(["", *chart.lines(facts["steps"], chart.terminal_width())]))
 
 
-def verify(paths: Iterable[Path], as_json: bool) -> None:
-    """Verify files, and every ``.safetensors`` file below folders; foreign safetensors files are passed over.
+def _chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["count"]]
 
-    Raises:
-        ArtifactError: if any file is damaged; each is named on a line of its own before.
-    """
-    rows: list[dict[str, Any]] = []
-    for path in paths:
-        if not path.exists():
-            raise ArtifactError(f"{path}: no such file or folder")
-        for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
-            try:
-                rows.append({"file": str(file), "ok": True, "digest": load(file).digest})
-            except ArtifactError as error:
-                rows.append({"file": str(file), "ok": False, "reason": str(error)})
-    bad = [row for row in rows if not row["ok"]]
-    if as_json:
-        print(json.dumps({"files": rows, "damaged": len(bad)}))
-    else:
-        for row in rows:
-            print(f"ok      {row['digest'][:16]}  {row['file']}" if row["ok"] else f"DAMAGED {row['reason']}")
-    if bad:
-        raise ArtifactError(f"{len(bad)} of {len(rows)} files are damaged, the first: {bad[0]['file']}")
-    if not rows:
-        raise ArtifactError(f"no .safetensors file in {', '.join(map(str, paths))}")
+
+def _headline(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What an artifact is and where it comes from, as text by label."""
+    lines = {"file": facts["file"]} | {key: facts[key] for key in ("format", "digest", "mask") if key in facts}
+    origin = dict(facts["provenance"])
+    score = [origin.pop(key) for key in ("kind", "power") if key in origin]
+    if "examples" in origin:
+        score.append(f"{origin.pop('examples'):,} examples")
+    cell = [str(origin.pop(key)) for key in ("task", "method", "setting") if key in origin]
+    origin.pop("density", None)  # what was asked for; the exact one stands below
+    lines |= {key: str(value) for key, value in origin.items()}
+    lines |= {"score": ", ".join(score)} if score else {}
+    lines |= {"cell": " ".join(cell)} if cell else {}
+    lines["chosen"] = f"{facts['coordinates']:,} of {facts['parameters']:,} ({facts['density']:.4%})"
+    sizes = ", ".join(f"{kind} {size:,}" for kind, size in facts["sizes"].items() if size)
+    lines["bytes"] = f"{facts['bytes']:,}: {sizes}"
+    lines["dense"] = f"{facts['dense_bytes']:,} bytes, {facts['ratio']:,.1f} times as many"
+    if facts.get("buffers"):
+        lines["buffers"] = f"{len(facts['buffers'])}, whole"
+    return lines
+
+
+def _provenance(artifact: Mask | Delta | Ranking) -> dict[str, Any]:
+    """Where an artifact comes from, by one name for each thing whatever the kind of artifact."""
+    info = artifact.info
+    scored = info if not isinstance(artifact, Delta) else artifact.mask.info
+    found = {
+        "base": artifact.base if isinstance(artifact, Delta) else info.get("base"),
+        "data": info.get("data", scored.get("data")),
+        "model": info.get("model", scored.get("model")),
+        "seed": info.get("seed", scored.get("seed")),
+        "code": info.get("code", info.get("fishmask")),
+        "parent": info.get("parent", info.get("parents")),
+    }
+    found |= {key: scored.get(key) for key in ("kind", "power", "examples", "density")}
+    found |= {key: info.get(key, scored.get(key)) for key in ("task", "method", "setting")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _sizes(path: Path, kind: str, size: int) -> dict[str, int]:
+    """Bytes of the file by what they hold."""
+    _, sections = read_header(path, format=kind, version=sys.maxsize)  # the file was read in whole before
+    sizes = dict.fromkeys(("coordinates", "values", "buffers", "base", "header"), 0)
+    for name, held in sections.items():
+        sizes[_KINDS.get(name.partition(".")[0], "values")] += held
+    return sizes | {"header": size - sum(sections.values())}
+
+
+def _norms(delta: Delta, base: str | None) -> dict[str, float]:
+    """‖trained - base‖₂ of each tensor, where both are known."""
+    if base is None:
+        return delta.norms()
+    before, _ = application.base_values(delta, base, application.located(base))
+    delta.fill_(before)
+    changes = {
+        name: part.double() - before[name].double() for name, part in delta.values.items() if name in before
+    }
+    return {name: float(change.norm()) for name, change in changes.items() if change.numel()}

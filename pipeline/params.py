@@ -90,6 +90,43 @@ class SettingParams(_Strict):
     examples: Positive | None = None
 
 
+class CheckpointParams(_Strict):
+    """How a chain of sparse checkpoints is trained (Table 4); null means the task's or the method's own value."""
+
+    density: Density | None = None
+    every: Positive | None = None
+    epochs: Positive | None = None
+    examples: Positive | None = None
+    lr: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    weight_decay_scope: Literal["mask", "all"] = "mask"
+
+
+class OuterParams(_Strict):
+    """The outer optimizer of local SGD: Nesterov SGD on the merged change."""
+
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class DistributeParams(_Strict):
+    """How workers share a run (Tables 2 and 3); null means the task's or the method's own value."""
+
+    workers: Positive = 2
+    every: Annotated[int, Field(ge=0)] = 30
+    average: Literal["mean", "sum"] = "mean"
+    own_masks: bool = False
+    shard: bool = True
+    warmup: Annotated[int, Field(ge=0)] = 0
+    renew: Annotated[int, Field(ge=0)] = 0
+    outer: OuterParams | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    epochs: Positive | None = None
+    density: Density | None = None
+    examples: Positive | None = None
+    lr: dict[str, Annotated[float, Field(gt=0)]] | None = None
+
+
 class MethodParams(_Strict):
     """A method of ``pipeline.training.methods`` by name, with its learning rate per task."""
 
@@ -104,6 +141,23 @@ class SweepParams(_Strict):
     settings: list[str]
 
 
+class CheckpointGrid(_Strict):
+    """The cells of Table 4, and those that show what decaying frozen weights costs."""
+
+    tasks: list[str] = []
+    methods: list[str] = []
+    settings: list[str] = []
+    leak: SweepParams | None = None
+
+    @property
+    def cells(self) -> set[tuple[str, str, str]]:
+        """Every (task, method, setting)."""
+        cells = set(product(self.tasks, self.methods, self.settings))
+        if self.leak is not None:
+            cells |= set(product(self.leak.tasks, self.leak.methods, self.leak.settings))
+        return cells
+
+
 class GridParams(_Strict):
     """What the pipeline crosses."""
 
@@ -113,6 +167,7 @@ class GridParams(_Strict):
     unranked: list[str]
     settings: list[str]
     sweep: SweepParams
+    checkpoint: CheckpointGrid = CheckpointGrid()
 
     @property
     def cells(self) -> set[tuple[str, str, str]]:
@@ -139,6 +194,8 @@ class Params(_Strict):
     grid: GridParams
     tasks: dict[str, TaskParams]
     settings: dict[str, SettingParams]
+    checkpoints: dict[str, CheckpointParams] = {}
+    distribute: dict[str, DistributeParams] = {"main": DistributeParams()}
     methods: dict[str, MethodParams]
 
     @classmethod
@@ -179,6 +236,11 @@ class Params(_Strict):
             for key, grid in (("grid", self.grid), ("grid.sweep", self.grid.sweep)):
                 for name in getattr(grid, section):
                     yield f"{key}.{section}", name, known
+        for task, method, setting in sorted(self.grid.checkpoint.cells):
+            yield "grid.checkpoint.tasks", task, self.tasks
+            yield "grid.checkpoint.methods", method, self.methods
+            yield "grid.checkpoint.settings", setting, self.checkpoints
+            yield f"methods.{method}.lr", task, self.methods[method].lr
         for name in self.grid.sweep.methods:
             yield "grid.sweep.methods", name, self.grid.ranked
         for task in self.grid.tasks:

@@ -54,20 +54,21 @@ def alone(lock: Path, what: str) -> Iterator[None]:
         os.close(handle)
 
 
-def end_with_parent() -> None:
-    """Ask for SIGTERM when the parent, or the parent's parent, ends.
+def end_with_parent(*, grandparent: bool = True) -> None:
+    """Ask for SIGTERM when the parent, or (unless told otherwise) the parent's parent, ends.
 
     DVC starts a stage through a shell, so both are watched: the kernel reports the parent's end (Linux), a
     thread the rest. Without this a killed ``dvc repro`` leaves its stage running and writing (TRAPS D4).
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    ancestors = _ancestors()
+    watched = slice(2 if grandparent else 1)
+    ancestors = _ancestors()[watched]
 
     def watch() -> None:
         pause = threading.Event()
         while not pause.wait(_PARENT_CHECK_SECONDS):
-            if _ancestors() != ancestors:
+            if _ancestors()[watched] != ancestors:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 

@@ -18,7 +18,7 @@ from pipeline.process import alone, end_with_parent, interruptible
 from pipeline.tracking import Run, Tracker
 from pipeline.workspace import Cell, Workspace
 
-_SEEDED = {"score", "mask", "train"}
+_SEEDED = {"score", "mask", "train", "checkpoint", "distribute"}
 
 
 class Stage:

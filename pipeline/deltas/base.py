@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.deltas.target import Layout, Target, persistent_buffers
+from pipeline.masks.mask import Mask
 from pipeline.parameters import digest_of_digests
 
 SHORT = 16  # hex digits kept of a single tensor's digest: 64 bits tell tensors apart, the full digest vouches
@@ -27,6 +29,35 @@ class Base:
     values: dict[str, Tensor] | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, mask: Mask) -> "Base":
+        """Take what a delta needs to know of a model that is about to be trained in place: O(k) values.
+
+        Args:
+            model: the base.
+            mask: the coordinates that will be trained.
+
+        Returns:
+            Digest (without the tensors that the mask covers whole), values, buffers and digests of tensors.
+        """
+        source = Target(model, Layout.of(model), persistent_buffers(model))
+        return cls.seen(source, mask, source.digests())
+
+    @classmethod
+    def seen(cls, source: Target, mask: Mask, digests: Mapping[str, str]) -> "Base":
+        """Take the same from a target, whose digests are known.
+
+        Returns:
+            As ``of``, with the buffers that the target was asked for.
+        """
+        values = {name: source.read(name, None if mask.whole(name) else mask.indices[name]) for name in mask.index}
+        return cls(
+            digest_of_digests(digests, without=[name for name in mask.index if mask.whole(name)]),
+            values,
+            source.copied_buffers(),
+            {name: found[:SHORT] for name, found in digests.items()},
+        )
 
     def is_of(self, digests: Mapping[str, str], whole: Iterable[str]) -> bool:
         """Tell whether parameters of these digests are the base, with or without those covered ``whole``.

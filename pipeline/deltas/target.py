@@ -1,6 +1,6 @@
 """What a delta is applied to: the parameters and buffers of a module or of a state dict, found by name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -57,6 +57,7 @@ class Target:
         buffers: buffers it must have, by name; only their dtypes and shapes are compared.
 
     Attributes:
+        layout: as given.
         parameters: name -> the tensor.
         copies: name -> further tensors of a state dict that hold the same tied weight.
         buffers: name -> the buffer, for the names asked for.
@@ -66,12 +67,17 @@ class Target:
     """
 
     def __init__(self, model: Model, layout: Layout, buffers: Mapping[str, Tensor]) -> None:
-        self._layout = layout
+        self.layout = layout
         if isinstance(model, nn.Module):
-            have: Mapping[str, Tensor] = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+            trainable = dict(unwrapped(model).named_parameters(remove_duplicate=False))
             have_buffers: Mapping[str, Tensor] = dict(unwrapped(model).named_buffers(remove_duplicate=False))
-            for name in have:
-                if name not in layout.parameters and name not in layout.ties:
+            have: Mapping[str, Tensor] = {
+                **have_buffers,
+                **trainable,
+            }  # a diff of two files cannot tell them apart
+            known = {id(have[name]) for name in (*layout.parameters, *layout.ties) if name in have}
+            for name, parameter in trainable.items():
+                if id(parameter) not in known:
                     raise MismatchError(f"tensor '{name}' of this model is unknown to the delta: another model")
         else:
             have = have_buffers = model
@@ -107,6 +113,14 @@ class Target:
         """
         tensor = self.parameters[name]
         return take(tensor, coordinates if coordinates is None else coordinates.to(tensor.device)).cpu()
+
+    def copied_buffers(self) -> dict[str, Tensor]:
+        """Copy the buffers asked for.
+
+        Returns:
+            name -> the copy, on the CPU.
+        """
+        return {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.buffers.items()}
 
     def writes(self, name: str, coordinates: Tensor | None, values: Tensor) -> list[Write]:
         """Prepare overwriting a parameter, and every copy of it, at CPU coordinates.
@@ -169,7 +183,11 @@ class Target:
 
 def write_all(writes: Iterable[Write]) -> None:
     """Do all writes or none: after any failure, an interrupt included, the tensors hold their former bits."""
-    planned = [(tensor, at, values, take(tensor, at)) for tensor, at, values in writes]
+    write_over([(tensor, at, values, take(tensor, at)) for tensor, at, values in writes])
+
+
+def write_over(planned: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> None:
+    """Do as ``write_all`` where the former values are at hand: each write with what it overwrites [count]."""
     done = 0
     try:
         for tensor, at, values, _ in planned:

@@ -3,10 +3,9 @@
 Density is chosen / all trainable parameters, tied weights once, head included.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
-from math import prod
 from os import PathLike
 from typing import Any
 
@@ -16,32 +15,15 @@ from torch import Tensor
 
 from pipeline import files
 from pipeline.canonical import plain_json
-from pipeline.errors import ArtifactError, MismatchError, ParamsError
+from pipeline.errors import ArtifactError, ParamsError
 from pipeline.masks import codec
 from pipeline.masks.budget import split_budget
+from pipeline.masks.coordinates import Coordinates, checked, joined, refuse_unknown
 from pipeline.masks.topk import top_coordinates
 from pipeline.parameters import ParameterIndex, tensor_bytes
 
 FORMAT = "fishmask-mask"
 VERSION = 1
-
-
-class Coordinates(Mapping[str, Tensor]):
-    """The coordinates of a mask by tensor name; those of a wholly chosen tensor are made on access."""
-
-    def __init__(self, index: ParameterIndex, chosen: Mapping[str, Tensor | None]) -> None:
-        self._index = index
-        self._chosen = chosen
-
-    def __getitem__(self, name: str) -> Tensor:
-        coordinates = self._chosen[name]
-        return torch.arange(self._index.numel(name)) if coordinates is None else coordinates
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._chosen)
-
-    def __len__(self) -> int:
-        return len(self._chosen)
 
 
 class Mask:
@@ -68,13 +50,7 @@ class Mask:
     ) -> None:
         self.index = index
         self.info: dict[str, Any] = plain_json(info or {}, "info of a mask")
-        unknown = [name for name in indices if name not in index]
-        if unknown:
-            raise MismatchError(f"mask names tensor '{unknown[0]}', which the parameters do not have")
-        empty = torch.empty(0, dtype=torch.int64)
-        self._chosen: dict[str, Tensor | None] = {
-            name: _checked(name, indices[name], index.numel(name)) if name in indices else empty for name in index
-        }
+        self._chosen = checked(index, indices)
 
     @classmethod
     def covering(
@@ -97,10 +73,8 @@ class Mask:
 
         Raises:
             MismatchError: if a name is not in the index.
-        """
-        unknown = [name for name in names if name not in index]
-        if unknown:
-            raise MismatchError(f"mask names tensor '{unknown[0]}', which the parameters do not have")
+        """  # noqa: DOC502 - raised by what it calls
+        refuse_unknown(index, names)
         mask = cls(index, indices or {}, info)
         mask._chosen.update(dict.fromkeys(names))
         return mask
@@ -205,7 +179,7 @@ class Mask:
         """
         flags = {}
         for name, shape in self.index.shapes.items():
-            flat = torch.zeros(prod(shape), dtype=torch.bool)
+            flat = torch.zeros(self.index.numel(name), dtype=torch.bool)
             flat[self.indices[name]] = True
             flags[name] = flat.reshape(shape)
         return flags
@@ -285,13 +259,8 @@ class Mask:
         return self._combine(other, lambda a, b: np.setxor1d(a, b, assume_unique=True))
 
     def _combine(self, other: "Mask", join: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> "Mask":
-        """Join two masks of the same parameters tensor by tensor; provenance is not carried over."""
-        if self.index.shapes != other.index.shapes:
-            raise MismatchError(
-                f"masks of different parameters do not combine: {_difference(self.index, other.index)}"
-            )
-        pairs = {name: (self.indices[name].numpy(), other.indices[name].numpy()) for name in self.index}
-        return Mask(self.index, {name: torch.from_numpy(join(a, b)) for name, (a, b) in pairs.items()})
+        """Join two masks of the same parameters; provenance is not carried over."""
+        return Mask(self.index, joined(self.indices, other.indices, join))
 
     def overlap(self, other: "Mask") -> float:
         """Measure the overlap |A∩B| / min(|A|, |B|); 1 for two empty masks.
@@ -326,29 +295,3 @@ class Mask:
 
     def __repr__(self) -> str:
         return f"Mask({self.nnz} of {self.index.total}, density {self.density:.3g}, digest {self.digest[:12]})"
-
-
-def _checked(name: str, coordinates: Tensor, numel: int) -> Tensor | None:
-    """Check one tensor's coordinates; None stands for all of them."""
-    if coordinates.dtype != torch.int64 or coordinates.ndim != 1:
-        form = f"{coordinates.dtype} of {coordinates.ndim} dimensions"
-        raise ParamsError(f"coordinates of tensor '{name}' are {form}; expected one-dimensional int64")
-    own = coordinates.detach().to("cpu", copy=True).contiguous()
-    if own.numel() == 0:
-        return own
-    if own.numel() > 1 and not bool((own[1:] > own[:-1]).all()):
-        raise ParamsError(f"coordinates of tensor '{name}' are not strictly increasing")
-    if int(own[0]) < 0 or int(own[-1]) >= numel:
-        raise MismatchError(
-            f"coordinates of tensor '{name}' reach from {int(own[0])} to {int(own[-1])}; it has {numel} elements"
-        )
-    return None if own.numel() == numel else own
-
-
-def _difference(one: ParameterIndex, two: ParameterIndex) -> str:
-    """Name the first tensor in which two indices differ."""
-    for name in sorted(set(one) | set(two)):
-        if one.shapes.get(name) != two.shapes.get(name):
-            forms = [str(list(i.shapes[name])) if name in i else "absent" for i in (one, two)]
-            return f"tensor '{name}' is {forms[0]} in one and {forms[1]} in the other"
-    return "they are equal"

@@ -1,10 +1,15 @@
-"""Golomb-Rice coding of increasing coordinates, whole arrays at a time.
+"""Golomb-Rice coding of increasing coordinates, whole arrays at a time, its skewed parts by a Huffman code.
 
 The gap g >= 0 before each coordinate is split at bit r: the quotient g >> r in unary (that many zeros and a one),
 the r low bits as they are. Gaps of a uniform choice are geometric, for which this is within about 1 % of the
-entropy. Layout, for k coordinates: r bit planes of ceil(k / 8) bytes, lowest bit first, then the unary bits.
-Planes rather than codes in a row let numpy unpack all coordinates at once.
+entropy. Most of that 1 % is in the highest of the low bits, which is 0 more often than 1, and, where most elements
+are chosen, in the unary bits: eight of either make a symbol of DEFLATE, used as a Huffman code alone.
+
+Layout, for k coordinates: the lower r - 1 bit planes of ceil(k / 8) bytes, lowest bit first; then, deflated, the
+highest plane and the unary bits. Planes rather than codes in a row let numpy unpack all coordinates at once.
 """
+
+import zlib
 
 import numpy as np
 
@@ -49,15 +54,18 @@ def encode(gaps: Array, r: int) -> bytes:
     Returns:
         The planes and the unary bits.
     """
-    planes = [np.packbits(((gaps >> bit) & 1).astype(np.uint8)) for bit in range(r)]
+    planes = [np.packbits(((gaps >> bit) & 1).astype(np.uint8)).tobytes() for bit in range(r)]
     ones = np.cumsum((gaps >> r) + 1) - 1
     unary = np.zeros(int(ones[-1]) + 1 if len(ones) else 0, dtype=np.uint8)
     unary[ones] = 1
-    return b"".join(part.tobytes() for part in [*planes, np.packbits(unary)])
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    for part in planes[-1:]:  # with a Huffman table of its own
+        planes[-1] = packer.compress(part) + packer.flush(zlib.Z_BLOCK)
+    return b"".join([*planes, packer.compress(np.packbits(unary).tobytes()), packer.flush()])
 
 
 def decode(code: Array, count: int, r: int, limit: int) -> Array:
-    """Decode coordinates; memory is bounded by 64 times the code's bytes.
+    """Decode coordinates; memory is bounded by that of 64 coordinates per byte of code.
 
     Args:
         code: uint8, the planes and the unary bits.
@@ -72,10 +80,13 @@ def decode(code: Array, count: int, r: int, limit: int) -> Array:
         ValueError: if the code does not hold exactly that.
     """
     width = (count + 7) // 8
-    unary = code[r * width :]
+    plain = max(r - 1, 0) * width
     # Each coordinate has a one among the unary bits, so a claimed count is bounded by real bytes.
-    if not 0 <= r < 48 or count > len(unary) * 8 or (count << r) + limit >= 1 << 62:
+    if not 0 <= r < 48 or plain > len(code) or count > 64 * len(code) or (count << r) + limit >= 1 << 62:
         raise ValueError(f"{count} coordinates at parameter {r} do not fit {len(code)} bytes")
+    skewed = _inflate(code[plain:])
+    top = width if r else 0
+    unary = skewed[top:]
     ones = np.flatnonzero(np.unpackbits(unary).view(bool))
     if len(ones) != count or len(unary) != (int(ones[-1]) // 8 + 1 if count else 0):
         raise ValueError(f"it holds {len(ones)} coordinates instead of {count}")
@@ -85,9 +96,21 @@ def decode(code: Array, count: int, r: int, limit: int) -> Array:
         raise ValueError("a coordinate lies outside its tensor")
     low = np.zeros(count, dtype=np.min_scalar_type((1 << r) - 1 if r else 0))
     for bit in range(r):
-        plane = np.unpackbits(code[bit * width : (bit + 1) * width], count=count)
-        low |= plane.astype(low.dtype) << low.dtype.type(bit)
+        packed = skewed[:top] if bit == r - 1 else code[bit * width : (bit + 1) * width]
+        low |= np.unpackbits(packed, count=count).astype(low.dtype) << low.dtype.type(bit)
     coordinates = (quotients << r) + np.cumsum(low, dtype=np.int64) + ordinals
     if count and int(coordinates[-1]) >= limit:
         raise ValueError("a coordinate lies outside its tensor")
     return coordinates
+
+
+def _inflate(code: Array) -> Array:
+    """Undo DEFLATE, to uint8; a Huffman code spends a bit or more on each byte, and no more is taken."""
+    stream = zlib.decompressobj(-15)
+    try:
+        data = stream.decompress(code.tobytes(), 8 * len(code) + 1)
+    except zlib.error as error:
+        raise ValueError(f"it does not inflate ({error})") from None
+    if not stream.eof or stream.unused_data:
+        raise ValueError("its Huffman code does not end where it should")
+    return np.frombuffer(data, dtype=np.uint8)

@@ -19,7 +19,7 @@ from pipeline.masks.budget import split_budget
 from pipeline.masks.mask import Mask
 from pipeline.masks.ranking import Ranking
 from pipeline.masks.topk import top_coordinates
-from pipeline.parameters import ParameterIndex
+from pipeline.parameters import ParameterIndex, unwrapped
 
 
 def fisher(scores: Ranking | Mapping[str, Tensor], density: float, always: Sequence[str] = ()) -> Mask:
@@ -82,7 +82,7 @@ def magnitude(model: nn.Module, density: float, always: Sequence[str] = ()) -> M
     """
     index = ParameterIndex.of(model)
     head, rest = split_budget(index, density, always)
-    weights = {name: p for name, p in model.named_parameters() if name in index and name not in head}
+    weights = {name: p for name, p in unwrapped(model).named_parameters() if name in index and name not in head}
     return Mask.covering(index, head, top_coordinates(weights, rest, absolute=True))
 
 

@@ -11,20 +11,16 @@ each row held; its count - 1; the same two for columns; the gaps before each wro
 of the sorted matrix.
 """
 
-import lzma
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.masks.rice import gaps_of
+from pipeline.masks.squeeze import bound, expand, pack_integers, squeeze, unpack_integers
 
 Array = np.ndarray
-# Writers keep within these and readers refuse beyond, so that a few bytes cannot claim memory without end.
-_CELLS = 64  # cells of the held rows x columns per coordinate
-_RATIO = 1024  # bytes out of LZMA, or cells, per byte in
-_SPARE = 1 << 16  # ... and this many for nothing
-_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 20, "lc": 0, "pb": 0}]
+_CELLS = 64  # cells of the held rows x columns per coordinate, at most: sparser ones say little
 
 
 class Stairs(NamedTuple):
@@ -98,11 +94,7 @@ def encode(parts: list[Stairs]) -> bytes | None:
     data = b"".join(pack_integers(np.concatenate(stream)) for stream in zip(*parts, strict=True))
     code = squeeze(data)
     cells = sum(int(part.sizes[0] * part.sizes[1]) for part in parts)
-    return code if max(cells, len(data)) <= _bound(code) else None
-
-
-def _bound(code: bytes | Array) -> int:
-    return _RATIO * len(code) + _SPARE
+    return code if max(cells, len(data)) <= bound(code) else None
 
 
 def decode(code: Array, shapes: list[tuple[int, int]]) -> list[Array]:
@@ -127,7 +119,7 @@ def decode(code: Array, shapes: list[tuple[int, int]]) -> list[Array]:
     if (held > limits).any() or (held >= 1 << 31).any() or (sizes > len(rest)).any():
         raise ValueError("it holds more rows or columns than its tensors")
     cells = held[:, 0] * held[:, 1]
-    if (cells > _bound(code)).any() or int(cells.sum()) > _bound(code):
+    if (cells > bound(code)).any() or int(cells.sum()) > bound(code):
         raise ValueError(f"{len(code)} bytes claim to hold {int(cells.sum())} cells")
     totals = sizes.sum(axis=0)
     lengths = [totals[i] for i in (0, 0, 1, 1, 2)]
@@ -158,7 +150,11 @@ def _put_together(
     if len(wrong):
         column_at, row_at = np.divmod(wrong, len(rows))
         cells[np.argsort(-row_counts, kind="stable")[row_at], across[column_at]] ^= True
-    return np.asarray(((rows * width)[:, None] + columns[None, :])[cells])
+    held = np.flatnonzero(cells)
+    starts = np.arange(len(rows)) * len(columns)
+    counts = np.diff(np.searchsorted(held, starts), append=len(held))
+    column_at = held - np.repeat(starts, counts)
+    return np.asarray(np.repeat(rows * width, counts) + columns[column_at])
 
 
 def _positions(gaps: Array, lengths: Array, limits: Array) -> Array:
@@ -171,78 +167,3 @@ def _positions(gaps: Array, lengths: Array, limits: Array) -> Array:
     if (np.concatenate([[0], sums])[ends] - before > limits).any():
         raise ValueError("a coordinate lies outside its tensor")
     return np.asarray(sums - 1 - np.repeat(before, lengths))
-
-
-def pack_integers(values: Array) -> bytes:
-    """Write non-negative int64 values as LEB128: seven bits a byte, lowest first, the top bit where more follow.
-
-    Returns:
-        The bytes.
-    """
-    sizes = np.ones(len(values), dtype=np.int64)
-    for shift in range(7, 63, 7):
-        sizes += values >> shift > 0
-    starts = np.cumsum(sizes) - sizes
-    out = np.empty(int(sizes.sum()), dtype=np.uint8)
-    for byte in range(int(sizes.max(initial=0))):
-        some = sizes > byte
-        more = (sizes[some] > byte + 1).astype(np.int64) << 7
-        out[starts[some] + byte] = ((values[some] >> (7 * byte)) & 127) | more
-    return out.tobytes()
-
-
-def unpack_integers(data: bytes) -> Array:
-    """Read what ``pack_integers`` wrote.
-
-    Returns:
-        int64 values, non-negative.
-
-    Raises:
-        ValueError: if the last one is cut off or one has more than 63 bits.
-    """
-    octets = np.frombuffer(data, dtype=np.uint8)
-    ends = np.flatnonzero(octets < 128)
-    if len(octets) and (len(ends) == 0 or ends[-1] != len(octets) - 1):
-        raise ValueError("an integer is cut off")
-    sizes = np.diff(ends, prepend=-1)
-    longest = int(sizes.max(initial=1))
-    if longest > 9:
-        raise ValueError("an integer is too long")
-    starts = ends - sizes + 1
-    values = (octets[starts] & 127).astype(np.int64)
-    for byte in range(1, longest):
-        some = np.flatnonzero(sizes > byte)
-        values[some] |= (octets[starts[some] + byte] & 127).astype(np.int64) << (7 * byte)
-    return values
-
-
-def squeeze(data: bytes) -> bytes:
-    """Compress: 8 bytes of length, then LZMA. ``expand`` takes it back up to 1024 times the code's size.
-
-    Returns:
-        The code.
-    """
-    return len(data).to_bytes(8, "little") + lzma.compress(data, lzma.FORMAT_RAW, filters=_FILTERS)
-
-
-def expand(code: bytes) -> bytes:
-    """Expand what ``squeeze`` wrote, within its bound on memory.
-
-    Returns:
-        The data.
-
-    Raises:
-        ValueError: if the length is beyond the bound, or not what comes out.
-    """
-    length = int.from_bytes(code[:8], "little")
-    if length > _bound(code):
-        raise ValueError(f"{len(code)} bytes claim to expand to {length}")
-    try:
-        stream = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_FILTERS)
-        data = stream.decompress(code[8:], max_length=length) if length else b""
-        more = b"" if stream.eof or not length else stream.decompress(b"", max_length=1)
-    except lzma.LZMAError as error:
-        raise ValueError(f"it does not expand ({error})") from None
-    if len(data) != length or more:
-        raise ValueError(f"it expands to {len(data) + len(more)} bytes or more instead of {length}")
-    return data

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.errors import StorageError
 from pipeline.files import write_bytes
-from pipeline.reports import figures, tables
+from pipeline.reports import checkpoints, figures, tables
 from pipeline.reports.figures import Figure
 from pipeline.reports.results import Results, load_results
 from pipeline.reports.table import Table, metric_title, percent, scale_of, score_text, signed, size
@@ -41,6 +41,7 @@ def write_report(
     out_dir: Path | str,
     profile: str,
     only: Collection[tuple[str, str, str]] | None = None,
+    chains: Collection[tuple[str, str, str]] | None = None,
 ) -> list[Path]:
     """Write ``index.html``, ``tables/*.csv``, ``tables/*.md`` and ``figures/*.svg``.
 
@@ -49,6 +50,7 @@ def write_report(
         out_dir: the folder to write to; made if it is not there.
         profile: the profile's name, for the heading.
         only: the cells wanted, see ``load_results``.
+        chains: the same of the checkpoint stage.
 
     Returns:
         The files, the page first.
@@ -56,7 +58,7 @@ def write_report(
     Raises:
         StorageError: if the folder cannot be written.
     """
-    results, out = load_results(Path(metrics_dir), only), Path(out_dir)
+    results, out = load_results(Path(metrics_dir), only, chains), Path(out_dir)
     sections = [section for make in _SECTIONS if (section := make(results)) is not None]
     texts = {"index.html": render_page(results, sections, profile)}
     for section in sections:
@@ -195,6 +197,15 @@ def _mask_section(results: Results) -> Section | None:
     return _section("masks", "Masks", text, shown, [tables.mask_table(results)])
 
 
+def _checkpoint_section(results: Results) -> Section | None:
+    text = (
+        "Training with a chain of checkpoints, one step an epoch, against dense checkpoints; the mask fixed, or "
+        "chosen anew as training goes on. Where weight decay reaches frozen weights, no checkpoint is sparse."
+    )
+    shown, listed = checkpoints.decay_figure(results), checkpoints.checkpoint_table(results)
+    return _section("checkpoints", "Checkpoints", text, [shown], [listed])
+
+
 def _detail_section(results: Results) -> Section | None:
     text = "Every trained cell, and how the score develops over the epochs at the main setting."
     return _section("cells", "Every cell", text, [figures.curves_figure(results)], [tables.all_table(results)])
@@ -212,5 +223,6 @@ _SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     _main_section,
     _sweep_section,
     _mask_section,
+    _checkpoint_section,
     _detail_section,
 )

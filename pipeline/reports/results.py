@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
+from pipeline.reports.chains import ChainCell, chain_cell
 from pipeline.reports.statistics import bootstrap_interval, mean, paired_p, spread
 
 MIN_SEEDS = 3  # fewer never tell two methods apart, whatever their differences
@@ -148,11 +149,13 @@ class Results:
         cells: (task, method, setting) -> cell.
         masks: (task, method, setting) -> masks.
         records: stage -> cell's name -> the file's content, for the stages that are shown as they are.
+        chains: (task, method, setting) -> cell of the checkpoint stage.
     """
 
     cells: Mapping[tuple[str, str, str], Cell]
     masks: Mapping[tuple[str, str, str], MaskRecord] = field(default_factory=dict)
     records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    chains: Mapping[tuple[str, str, str], ChainCell] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -166,6 +169,11 @@ class Results:
     def methods(self) -> list[str]:
         """The methods, in the paper's order, then by name."""
         return sorted({method for _, method, _ in self.cells}, key=method_order)
+
+    @property
+    def chain_tasks(self) -> list[str]:
+        """The tasks of the checkpoint stage, by name."""
+        return sorted({cell.task for cell in self.chains.values()})
 
     def main(self, task: str, method: str) -> Cell | None:
         """The cell of the main setting, None if it was not run."""
@@ -242,13 +250,18 @@ def method_order(method: str) -> tuple[int, str]:
     return (_METHODS.index(method) if method in _METHODS else len(_METHODS), method)
 
 
-def load_results(metrics: Path, only: Collection[tuple[str, str, str]] | None = None) -> Results:
+def load_results(
+    metrics: Path,
+    only: Collection[tuple[str, str, str]] | None = None,
+    chains: Collection[tuple[str, str, str]] | None = None,
+) -> Results:
     """Read the metrics files of a project.
 
     Args:
         metrics: the folder ``metrics/``, with one folder per stage and one JSON file per cell.
         only: the (task, method, setting) wanted; files of other cells, such as a former profile's, are left out.
             None: all that are there.
+        chains: the same of the checkpoint stage.
 
     Returns:
         The results; what is not there is absent, nothing is filled in.
@@ -274,10 +287,20 @@ def load_results(metrics: Path, only: Collection[tuple[str, str, str]] | None = 
             ) from None
         if only is None or (cell.task, cell.method, cell.setting) in only:
             cells[cell.task, cell.method, cell.setting] = cell
+    found: dict[tuple[str, str, str], ChainCell] = {}
+    for file, content in _documents(metrics, "checkpoint"):
+        try:
+            chain = chain_cell(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{file}: not the metrics of a chain of checkpoints: {_cause(error)}; run its stage again"
+            ) from None
+        if chains is None or (chain.task, chain.method, chain.setting) in chains:
+            found[chain.task, chain.method, chain.setting] = chain
     records = {
         stage: {file.stem: content for file, content in _documents(metrics, stage)} for stage in _AS_THEY_ARE
     }
-    return Results(cells, masks, records)
+    return Results(cells, masks, records, found)
 
 
 def _documents(metrics: Path, stage: str) -> Iterable[tuple[Path, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.reports.chains import ChainCell
 from pipeline.reports.results import Cell
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def metric_title(metric: str) -> str:
     return "accuracy, %" if metric == "accuracy" else f"{metric} × 100" if metric in _HUNDREDTHS else metric
 
 
-def score_text(cell: Cell | None) -> str:
+def score_text(cell: Cell | ChainCell | None) -> str:
     """``90.5 ± 0.4``: mean and sample standard deviation in ``metric_title``'s unit; no ± for a single seed."""
     if cell is None or cell.mean is None:
         return MISSING

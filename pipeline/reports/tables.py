@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipeline.reports.chains import ChainCell
 from pipeline.reports.results import MIN_SEEDS, Cell, Results
 from pipeline.reports.table import (
     MISSING,
@@ -282,7 +283,7 @@ def _notes(cells: Sequence[Cell], *, spread: bool = True) -> list[str]:
     return notes
 
 
-def data_text(cell: Cell) -> str:
+def data_text(cell: Cell | ChainCell) -> str:
     """``scored on 1,438 validation rows, trained on 3,000 train rows; <source> <revision>; <remarks>``."""
     rows: dict[str, int] = dict(cell.data.get("rows") or {})
     parts = []
@@ -298,7 +299,7 @@ def data_text(cell: Cell) -> str:
     return "; ".join(parts) or "rows not recorded"
 
 
-def remark_text(cell: Cell) -> str:
+def remark_text(cell: Cell | ChainCell) -> str:
     """What is particular about the data: one remark, or one for each split."""
     remarks = cell.data.get("remarks") or {}
     told = [f"{split}: {remark}" for split, remark in remarks.items() if remark] + [cell.data.get("remark")]

@@ -198,7 +198,7 @@ class Task:
 
     def batches(
         self, split: str, batch_size: int, *, seed: int | None = None, epoch: int = 0,
-        device: torch.device | None = None,
+        device: torch.device | None = None, among: Rows | None = None,
     ) -> Batches:  # fmt: skip
         """Cut a split into batches.
 
@@ -211,12 +211,13 @@ class Task:
             seed: of the order and the augmentation.
             epoch: from 0.
             device: where to make the batches; images are kept and augmented there.
+            among: only these rows of the split.
 
         Returns:
             The batches, each made when asked for: text a mapping of int64 ``input_ids``, ``attention_mask``,
             perhaps ``token_type_ids`` [B, T] and ``labels`` [B]; images (float32 [B, C, H, W], targets [B]).
         """
-        data, rows = self._split(split), self.rows(split)
+        data, rows = self._split(split), self.rows(split) if among is None else among
         if seed is None:
             return Batches(cut(rows, batch_size), lambda _, group: data.batch(group, device))
         groups = shuffled(rows, batch_size, data.lengths, seed, epoch)

@@ -1,4 +1,4 @@
-"""Train one model on one task through one mask: what the train stage and the search of rates share."""
+"""Train one model on one task through a mask: what the stages that train and the search of rates share."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,14 @@ from pipeline.masks.mask import Mask
 from pipeline.progress import ProgressLine
 from pipeline.tasks.base import Task
 from pipeline.training.device import Device
-from pipeline.training.loop import FitResult, fit
+from pipeline.training.leak import LeakyParameters
+from pipeline.training.loop import AfterEpoch, FitResult, fit
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import ResumeFile
 
-_EVALUATION = 4  # evaluation batches are this many times larger: no gradients, hence no memory for them
+EVALUATION = 4
+"""Evaluation batches are this many times larger than those of training: no gradients, hence no memory for them."""
 
 
 def fit_task(
@@ -28,6 +30,8 @@ def fit_task(
     splits: tuple[str, str] | None = None,
     resume: ResumeFile | None = None,
     log: Callable[[dict[str, float], int], None] | None = None,
+    after_epoch: AfterEpoch | None = None,
+    leak: bool = False,
 ) -> FitResult:
     """Train ``model``, in place, on the masked coordinates.
 
@@ -42,22 +46,26 @@ def fit_task(
         splits: trained and evaluated; by default train and the reported split.
         resume: where an unfinished run is kept.
         log: takes metrics and their step.
+        after_epoch: looks on after each epoch, and may change the mask (see ``fit``).
+        leak: let weight decay and momentum reach the frozen values (``pipeline.training.leak``).
 
     Returns:
         The history, one entry per epoch, with the task's metrics; and the cost.
     """
     trained, judged = splits or ("train", task.reported)
     where = device.device
-    with ProgressLine(name) as line, MaskedParameters(model, mask) as masked:
+    kind = LeakyParameters if leak else MaskedParameters
+    with ProgressLine(name) as line, kind(model, mask) as masked:
         return fit(
             model,
             lambda epoch: task.batches(trained, batch_size, seed=recipe.seed, epoch=epoch, device=where),
             masked=masked,
             recipe=recipe,
-            evaluate=lambda m: task.evaluate(m, judged, _EVALUATION * batch_size, where, device.autocast),
+            evaluate=lambda m: task.evaluate(m, judged, EVALUATION * batch_size, where, device.autocast),
             device=device,
             channels_last=task.kind == "image" and where.type == "cuda",
             resume=resume,
             log=log,
             progress=lambda p: line.update(p.step, p.steps, "" if p.loss is None else f"loss {p.loss:.3f}"),
+            after_epoch=after_epoch,
         )

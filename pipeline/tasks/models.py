@@ -16,6 +16,7 @@ from pipeline.tasks.settings import ModelSettings
 from pipeline.tasks.sources import hub_error, package_model, parse, prepare_hub
 
 _KEY = "model.source"
+AUTO = {"text": "SequenceClassification", "image": "ImageClassification"}
 _LAYOUT = "a folder in the hub's layout (config.json, model.safetensors, tokenizer.json)"
 
 
@@ -58,10 +59,10 @@ def load_model(
     with _hub_library(model, "a model"), torch.random.fork_rng(devices=[]):
         import transformers
 
-        auto = "AutoModelForSequenceClassification" if kind == "text" else "AutoModelForImageClassification"
+        auto = f"AutoModelFor{AUTO[kind]}"
         config = transformers.AutoConfig.from_pretrained(path, revision=model.revision)
         config.num_labels = outputs
-        config.problem_type = "single_label_classification" if classes else "regression"
+        config.problem_type = problem_type(bool(classes))
         if classes:
             config.id2label = dict(enumerate(classes))
             config.label2id = {name: number for number, name in enumerate(classes)}
@@ -73,6 +74,30 @@ def load_model(
     _check_loaded(model, network, report, outputs)
     loaded: nn.Module = network
     return loaded.eval()
+
+
+def problem_type(classes: bool) -> str:
+    """Name the problem as a config.json does.
+
+    Returns:
+        The name that picks the library's loss.
+    """
+    return "single_label_classification" if classes else "regression"
+
+
+def class_name(kind: str, model_type: str) -> str:
+    """Name the class that ``load_model`` makes of a model type.
+
+    Returns:
+        As a config.json's ``architectures`` has it; empty where the library knows none.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    known: Any = {
+        "text": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "image": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    return str(known[kind].get(model_type, ""))
 
 
 def load_tokenizer(model: ModelSettings) -> Any:

@@ -1,4 +1,6 @@
-"""Residual networks for small images (He et al. 2016, arXiv 1512.03385), with a 3x3 stem and a head named ``fc``.
+"""Networks for small images by name: residual ones (He et al. 2016, arXiv 1512.03385), with a 3x3 stem; a ViT.
+
+Every head is named ``fc``.
 
 Shape legend: B examples, C channels, H rows, W columns.
 """
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
+from pipeline.tasks.vit import ViT
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
@@ -37,11 +40,40 @@ class Block(nn.Module):
         return torch.relu(self.conv2(torch.relu(self.conv1(x_BCHW))) + self.shortcut(x_BCHW))
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut; the width in between is a quarter of the outputs."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        width = outputs // 4
+        self.conv1 = _conv(inputs, width, kernel=1)
+        self.conv2 = _conv(width, width, stride)
+        self.conv3 = _conv(width, outputs, kernel=1)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else _conv(inputs, outputs, stride, kernel=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Apply the block.
+
+        Returns:
+            [B, outputs, H / stride, W / stride].
+        """
+        y_BCHW = torch.relu(self.conv2(torch.relu(self.conv1(x_BCHW))))
+        return torch.relu(self.conv3(y_BCHW) + self.shortcut(x_BCHW))
+
+
 class ResNet(nn.Module):
     """Stem, stages of blocks (each but the first halves the image), average over the image, linear head ``fc``."""
 
     def __init__(
-        self, channels: int, classes: int, widths: tuple[int, ...], blocks: tuple[int, ...], *, pool: bool = False
+        self,
+        channels: int,
+        classes: int,
+        widths: tuple[int, ...],
+        blocks: tuple[int, ...],
+        *,
+        pool: bool = False,
+        deep: bool = False,
     ) -> None:
         """Build it; weights are drawn from torch's generator.
 
@@ -51,15 +83,19 @@ class ResNet(nn.Module):
             widths: channels of each stage.
             blocks: blocks of each stage.
             pool: halve the image after the stem by max-pooling.
+            deep: of bottleneck blocks, which give four times as many channels.
         """
         super().__init__()
         self.stem = nn.Sequential(_conv(channels, widths[0]), nn.ReLU())
         self.pool = nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
-        stages, inputs = [], widths[0]
+        stages: list[nn.Module] = []
+        inputs = widths[0]
         for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             for block in range(count):
-                stages.append(Block(inputs, width, stride=2 if stage and not block else 1))
-                inputs = width
+                outputs = 4 * width if deep else width
+                kind = Bottleneck if deep else Block
+                stages.append(kind(inputs, outputs, stride=2 if stage and not block else 1))
+                inputs = outputs
         self.blocks = nn.Sequential(*stages)
         self.fc = nn.Linear(inputs, classes)
         _draw(self)
@@ -121,6 +157,8 @@ BUILTIN: dict[str, Callable[[int, int], nn.Module]] = {
     # The first implementation kept ImageNet's max-pooling behind the 3x3 stem; so do these, to be comparable.
     "resnet18": lambda channels, classes: ResNet(channels, classes, _FOUR, (2, 2, 2, 2), pool=True),
     "resnet34": lambda channels, classes: ResNet(channels, classes, _FOUR, (3, 4, 6, 3), pool=True),
+    "resnet50": lambda channels, classes: ResNet(channels, classes, _FOUR, (3, 4, 6, 3), pool=True, deep=True),
+    "vit": lambda channels, classes: ViT(channels, classes),
 }
 
 

@@ -3,81 +3,45 @@
     schedule -> micro-batches forward and backward -> clip -> optimizer step on θ -> write θ into the model
 
 All that a run needs to go on after a kill is in ``Position``, θ, the optimizer's state, the buffers and the
-random number generators (``pipeline.training.resume``). Source: DESIGN, "Masked training"; issue 2.
+random number generators (``pipeline.training.resume``), and in the mask and the weights once the mask has changed.
+What a run tells meanwhile is kept by ``pipeline.training.ledger``. Source: DESIGN, "Masked training"; issues 2, 5.
 """
 
 import contextlib
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import DataError, DivergedError, Interrupted, MismatchError, ModelError, ParamsError
+from pipeline.errors import (
+    ArtifactError,
+    DataError,
+    DivergedError,
+    Interrupted,
+    MismatchError,
+    ModelError,
+    ParamsError,
+)
 from pipeline.losses import Batch, example_losses, to_device
+from pipeline.masks.mask import Mask
 from pipeline.parameters import tensor_digest
 from pipeline.training.batch import count_examples, to_channels_last
-from pipeline.training.device import Device, peak_memory_bytes, reset_peak_memory
+from pipeline.training.device import Device
+from pipeline.training.ledger import FitResult, Ledger, Progress
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.recipe import Recipe, make_optimizer
-from pipeline.training.resume import Position, ResumeFile, random_state, set_random_state
+from pipeline.training.resume import ResumeFile, random_state, set_random_state
 from pipeline.training.schedule import Schedule, make_schedule
 from pipeline.training.signals import BreakIn, StopSignals
+from pipeline.training.sync import Sync
 
 __all__ = ["FitResult", "Progress", "Recipe", "fit"]
 
 Loss = Callable[[nn.Module, Batch], Tensor]
-_READ_EVERY = 50  # steps between two reads of the loss where a read waits for the device
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a progress display needs; made without waiting for the device.
-
-    Attributes:
-        epoch: the epoch under way, from 1.
-        epochs: all of them.
-        step: optimizer steps done.
-        steps: all of them.
-        lr: the rate of the last step.
-        loss: this epoch's mean loss so far, as last read; None before the first read.
-        seconds: time spent in the loop.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    lr: float
-    loss: float | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a finished run leaves besides the trained model.
-
-    Attributes:
-        history: one dict per epoch: ``epoch`` (from 1), ``step`` (optimizer steps done), ``train_loss`` (mean over
-            the epoch's examples, as met in training) and what ``evaluate`` returned.
-        steps: optimizer steps.
-        seconds: time in the loop, evaluation included, over all lives of the run.
-        peak_memory_bytes: see ``pipeline.training.device.peak_memory_bytes``.
-        device: where it ran, such as ``cuda:0``.
-        resumed_from: the optimizer step that the last life of the run started from; None for a run in one piece.
-        note: why a saved state that was there was not used; "" otherwise.
-    """
-
-    history: list[dict[str, float]]
-    steps: int
-    seconds: float
-    peak_memory_bytes: int
-    device: str
-    resumed_from: int | None = None
-    note: str = ""
+AfterEpoch = Callable[[Mapping[str, float], nn.Module, Mask], Mask | None]
 
 
 def fit(
@@ -96,6 +60,8 @@ def fit(
     log_every: int = 50,
     progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    sync: Sync | None = None,
+    after_epoch: AfterEpoch | None = None,
 ) -> FitResult:
     """Train θ, and write it into the model.
 
@@ -126,6 +92,12 @@ def fit(
         log_every: optimizer steps.
         progress: called after every optimizer step.
         should_stop: asked after every optimizer step; True saves and raises ``Interrupted``.
+        sync: joins this run to others (``pipeline.distributed``); the state is then saved where all are equal.
+        after_epoch: (the epoch's entry of the history, model, mask) -> the mask from the next epoch on, or None to
+            go on with the same. Called after ``evaluate``; the mask it gets holds all that may have changed in the
+            epoch, and the model is in eval mode and as it was before masking, so that it can be scored. It must
+            leave the values alone, and do the same when it is called again for an epoch, as it may be after a
+            kill. Moments follow the coordinates that stay (``MaskedParameters.remask_``).
 
     Returns:
         History, steps, time, memory.
@@ -143,14 +115,9 @@ def fit(
         autocast = autocast or device.autocast
         device = device.device
     _check(masked, device, autocast)
-    run = _Run(model, batches, masked, recipe, evaluate, loss or example_losses, autocast, channels_last)
-    run.resume, run.log, run.log_every, run.progress, run.should_stop = (
-        resume,
-        log,
-        log_every,
-        progress,
-        should_stop,
-    )
+    ledger = Ledger(masked.values.device, log, log_every, progress)
+    run = _Run(model, batches, masked, recipe, evaluate, loss or example_losses, autocast, channels_last, ledger)
+    run.resume, run.should_stop, run.sync, run.after_epoch = resume, should_stop, sync, after_epoch
     with StopSignals(enabled=resume is not None) as run.signals:
         return run.all()
 
@@ -167,25 +134,23 @@ class _Run:
     loss: Loss
     autocast: torch.dtype | None
     channels_last: bool
+    ledger: Ledger
     resume: ResumeFile | None = None
-    log: Callable[[dict[str, float], int], None] | None = None
-    log_every: int = 50
-    progress: Callable[[Progress], None] | None = None
     should_stop: Callable[[], bool] | None = None
+    sync: Sync | None = None
+    after_epoch: AfterEpoch | None = None
     signals: StopSignals = field(default_factory=StopSignals)
 
     def all(self) -> FitResult:
         """Start or resume, train, finish."""
         recipe, place = self.recipe, self.masked.values.device
-        self.place, self.started, self.before = place, time.monotonic(), 0.0
-        self.unread: list[tuple[int, Tensor]] = []
-        self.mean: float | None = None
-        self.read_every = 1 if place.type == "cpu" else _READ_EVERY
-        reset_peak_memory(place)
+        self.place, self.begun, self.remasked = place, self.masked.chosen, False
         torch.manual_seed(recipe.seed)
         self.model.train()
         self.optimizer = make_optimizer(self.masked.values, recipe)
-        self.at = Position()
+        self.at, self.together = self.ledger.at, True
+        if self.sync is not None:
+            self.sync.begin(self.optimizer)
         resumed_from, note = self._restore()
         while self.at.epoch < recipe.epochs:
             sequence = self.batches(self.at.epoch)
@@ -198,15 +163,7 @@ class _Run:
         self.model.eval()
         if self.signals.received is not None:  # the process is to end, even though this run is finished
             self._stop()
-        return FitResult(
-            history=self.at.history,
-            steps=self.at.step,
-            seconds=self._now().seconds,
-            peak_memory_bytes=self._now().peak_memory_bytes,
-            device=str(place),
-            resumed_from=resumed_from,
-            note=note,
-        )
+        return self.ledger.result(resumed_from, note)
 
     def _restore(self) -> tuple[int | None, str]:
         """Take up the saved state, if there is one; returns the step it stands at, and a note."""
@@ -214,7 +171,8 @@ class _Run:
             return None, ""
         self.resume = self.resume.bound(
             recipe=asdict(self.recipe),
-            mask=self.masked.mask.digest,
+            mask=self.begun.digest,
+            kind=type(self.masked).__name__,
             theta=tensor_digest(self.masked.values),
             autocast=self.autocast,
             channels_last=self.channels_last,
@@ -227,11 +185,19 @@ class _Run:
         if saved is None:
             return None, note
         try:
+            if self.sync is not None:
+                self.sync.restore(saved.more)
+            if saved.mask is not None:
+                self.masked.remask_(saved.mask)
+                self.remasked = True
             saved.restore(self.model, self.masked.values, self.optimizer)
-        except MismatchError as error:
+        except (ArtifactError, MismatchError) as error:
+            self.masked.remask_(self.begun)
+            self.remasked = False
             return None, f"{self.resume.path}: {error}; started anew"
         self.masked.write_()
-        self.at, self.before = saved.position, saved.position.seconds
+        self.ledger.go_on_from(saved.position)
+        self.at = self.ledger.at
         return self.at.step, note
 
     def _plan(self, length: int) -> None:
@@ -269,96 +235,80 @@ class _Run:
                 )
             total = losses.float().sum() if losses.dtype in (torch.bfloat16, torch.float16) else losses.sum()
             (total / sum(sizes)).backward()
-            self.unread.append((at.step, total.detach()))
+            self.ledger.enter(total)
+        if self.sync is not None:
+            self.sync.before_step()
         if recipe.clip is not None:
             nn.utils.clip_grad_norm_([values], recipe.clip)
         self.optimizer.step()
         self.masked.write_()
         self.optimizer.zero_grad(set_to_none=True)
-        at.step += 1
-        at.batch += len(group)
-        at.epoch_examples += sum(sizes)
-        at.window_examples += sum(sizes)
+        self.ledger.count(len(group), sum(sizes))
+        if self.sync is not None:
+            self.together = self.sync.after_step(at.step, last=at.step == self.steps)
 
     def _read_losses(self) -> None:
-        """Fetch the losses of the last steps; waits for the device."""
-        if not self.unread:
-            return
-        totals = torch.stack([total for _, total in self.unread]).tolist()
-        for (step, _), total in zip(self.unread, totals, strict=True):
-            if not math.isfinite(total):
-                self._diverge("the loss", step)
-            self.at.epoch_loss += total  # in double and in the order of the steps, whenever it is read
-            self.at.window_loss += total
-        self.unread.clear()
-        self.mean = self.at.epoch_loss / self.at.epoch_examples
+        step = self.ledger.read()
+        if step is not None:
+            self._diverge("the loss", step)
 
     def _between_steps(self) -> None:
         """Read, log, show, save, stop: where each is due."""
-        at = self.at
-        ends, logs = at.batch == at.length, at.step % self.log_every == 0
-        if ends or logs or at.step % self.read_every == 0:
+        if self.ledger.read_is_due:
             self._read_losses()
-        if logs and not ends:
-            self._log({})
-        if self.progress is not None:
-            lr, seconds = self._lr(at.step - 1), self.before + time.monotonic() - self.started
-            epochs = self.recipe.epochs
-            self.progress(Progress(at.epoch + 1, epochs, at.step, self.steps, lr, self.mean, seconds))
+        self.ledger.tell(self._lr(self.at.step - 1), self.recipe.epochs, self.steps)
         self._stop_if_asked()
-        if self.resume is not None and self.resume.due():
+        if self.resume is not None and self.together and self.resume.due():
             self._save()
 
     def _end_epoch(self) -> None:
-        """Evaluate, and enter the epoch into the history."""
+        """Evaluate, let others look on, enter the epoch into the history, and change the mask."""
         at = self.at
         if not bool(torch.isfinite(self.masked.values).all()):
             self._diverge("a trained value", at.step - 1)
+        entry, mask = self.ledger.epoch(), None
         try:
-            metrics = self._evaluate()
+            entry |= self._evaluate()
+            if self.after_epoch is not None:
+                with self.masked.suspended(), self._aside():
+                    mask = self.after_epoch(entry, self.model, self.masked.mask)
         except BreakIn:
             self._stop()
-        train_loss = at.epoch_loss / at.epoch_examples
-        entry = {"epoch": at.epoch + 1, "step": at.step, "train_loss": train_loss, **metrics}
-        at.history.append(entry)
-        self._log({key: value for key, value in entry.items() if key != "step"})
-        at.epoch, at.batch, at.epoch_loss, at.epoch_examples = at.epoch + 1, 0, 0.0, 0
-        self.mean = None
-        if self.resume is not None and (at.epoch == self.recipe.epochs or self.resume.due()):
+        self.ledger.close_epoch(entry, self._lr(at.step - 1))
+        if mask is not None and at.epoch < self.recipe.epochs:
+            self.masked.remask_(mask, self.optimizer)
+            self.remasked = True
+        finished = at.epoch == self.recipe.epochs
+        if self.resume is not None and self.together and (finished or self.resume.due()):
             self._save()
 
     def _evaluate(self) -> dict[str, float]:
-        """Call ``evaluate`` so that it leaves no trace in what follows."""
         if self.evaluate is None:
             return {}
+        # No inference mode: a tensor that a model keeps from it could not take part in training again.
+        with self._aside(), torch.no_grad(), self._precision():
+            return {name: float(value) for name, value in self.evaluate(self.model).items()}
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Let others use the model so that it leaves no trace in what follows; signals break in."""
         state = random_state(self.place)
         self.model.eval()
         try:
-            # No inference mode: a tensor that a model keeps from it could not take part in training again.
-            with self.signals.at_rest(), torch.no_grad(), self._precision():
-                return {name: float(value) for name, value in self.evaluate(self.model).items()}
+            with self.signals.at_rest():
+                yield
         finally:
             self.model.train()
             set_random_state(state, self.place)
-
-    def _log(self, more: dict[str, float]) -> None:
-        at = self.at
-        if self.log is not None:
-            loss = at.window_loss / at.window_examples
-            self.log({"loss": loss, "lr": self._lr(at.step - 1), **more}, at.step)
-        at.window_loss, at.window_examples = 0.0, 0
-
-    def _now(self) -> Position:
-        """The position, with the time and memory used up to now."""
-        seconds = self.before + time.monotonic() - self.started
-        memory = max(self.at.peak_memory_bytes, peak_memory_bytes(self.place))
-        return replace(self.at, seconds=seconds, peak_memory_bytes=memory)
 
     def _save(self) -> None:
         assert self.resume is not None
         self._read_losses()  # a state that has diverged is never saved
         done = self.at.epoch == self.recipe.epochs
-        self.resume.save(self._now(), self.model, self.masked.values, None if done else self.optimizer)
+        more = self.sync.state() if self.sync is not None else {}
+        optimizer = None if done else self.optimizer
+        mask = self.masked.chosen if self.remasked else None
+        self.resume.save(self.ledger.now(), self.model, self.masked.values, optimizer, more, mask)
 
     def _stop_if_asked(self) -> None:
         if self.signals.received is not None or (self.should_stop is not None and self.should_stop()):
@@ -366,7 +316,7 @@ class _Run:
 
     def _stop(self) -> NoReturn:
         """Save, and leave."""
-        if self.resume is not None:
+        if self.resume is not None and self.together:
             self._save()
         epoch, epochs = min(self.at.epoch + 1, self.recipe.epochs), self.recipe.epochs
         then = (

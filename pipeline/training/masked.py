@@ -8,7 +8,8 @@ Shape legend: k trained values; m of them in one tensor.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -107,6 +108,11 @@ class MaskedParameters:
         """The masked model, without the wrapper of ``torch.compile``."""
         return self._model
 
+    @property
+    def chosen(self) -> Mask:
+        """The coordinates that gradients reach: those of ``mask``, but for ``pipeline.training.leak``."""
+        return self.mask
+
     def __repr__(self) -> str:
         return f"MaskedParameters({self.values.numel()} of {self.mask.index.total}, {self._device})"
 
@@ -169,6 +175,25 @@ class MaskedParameters:
                 moved[kept] = moment[source]
                 state[key] = moved
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Give the model back for a while, for scores or whatever else needs it as it was before masking.
+
+        Yields:
+            None, while hooks are away and every parameter requires a gradient as it did before.
+
+        Raises:
+            ModelError: if this object was released.
+        """  # noqa: DOC502 - raised by what it calls
+        self._check_open()
+        parameters = {name: segment.parameter for name, segment in self.segments.items()}
+        self._unbind()
+        self._restore_flags()
+        try:
+            yield
+        finally:
+            self._bind(parameters)
+
     def release(self) -> None:
         """Give the model back: hooks removed, ``requires_grad`` and ``Embedding.sparse`` as before.
 
@@ -177,8 +202,7 @@ class MaskedParameters:
         if self._open:
             self._open = False
             self._unbind()
-            for parameter, flag in self._flags.items():
-                parameter.requires_grad_(flag)
+            self._restore_flags()
             _masked.pop(self._model, None)
 
     def _check_open(self) -> None:
@@ -215,6 +239,10 @@ class MaskedParameters:
         for part in self.segments.values():
             part.parameter.grad = None
         self._handles, self._sparse, self.segments = [], [], {}
+
+    def _restore_flags(self) -> None:
+        for parameter, flag in self._flags.items():
+            parameter.requires_grad_(flag)
 
     def _read(self) -> Tensor:
         """Copy the model's weights at the coordinates: [k]."""

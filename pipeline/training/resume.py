@@ -19,10 +19,12 @@ from torch.optim import Optimizer
 
 from pipeline.errors import ArtifactError, MismatchError, StorageError
 from pipeline.files import read_file, write_file
+from pipeline.masks.mask import Mask
 from pipeline.parameters import unwrapped
 
 FORMAT = "fishmask-resume"
-VERSION = 1
+VERSION = 2
+_MASK = "mask."
 _SHARE = 20  # of the elapsed time, saving takes one part in this many at most: 5 %
 
 
@@ -93,11 +95,21 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What a resume file held: the position, θ, buffers, optimizer state and random number generators."""
+    """What a resume file held: the position, θ, buffers, optimizer state and random number generators.
+
+    Where the mask was no longer the one that the run began with: also the mask, and all parameters, since values
+    that an earlier mask trained are neither in θ nor the base's.
+    """
 
     position: Position
     tensors: dict[str, Tensor]
     scalars: dict[str, Any]
+    mask: Mask | None = None
+
+    @property
+    def more(self) -> dict[str, Tensor]:
+        """The further tensors that ``save`` was given."""
+        return {n.removeprefix("more."): t for n, t in self.tensors.items() if n.startswith("more.")}
 
     @torch.no_grad()
     def restore(self, model: nn.Module, values: nn.Parameter, optimizer: Optimizer) -> None:
@@ -105,14 +117,17 @@ class Saved:
 
         Args:
             model: its buffers are overwritten.
-            values: θ, overwritten.
+            values: θ of the saved mask, overwritten.
             optimizer: its state is replaced; its groups' settings stay as they are.
 
         Raises:
             MismatchError: if θ or the buffers have other shapes or names; nothing was changed.
         """
         targets = {"theta": values.detach(), **buffers(model)}
-        saved = {name: t for name, t in self.tensors.items() if name == "theta" or name.startswith("buffer.")}
+        if self.mask is not None:
+            targets |= weights(model, self.mask)
+        kinds = ("theta", "buffer.", "weight.")
+        saved = {name: t for name, t in self.tensors.items() if name.startswith(kinds)}
         if _signature(targets) != _signature(saved):
             raise MismatchError("the saved state does not fit the model: names, shapes or dtypes differ")
         for name, target in targets.items():
@@ -171,7 +186,11 @@ class ResumeFile:
             if meta["fingerprint"] != self.fingerprint:
                 return None, f"{self.path} is the state of another run; started anew"
             position = Position(**json.loads(meta["position"]))
-            return Saved(position, tensors, meta["optimizer"]), ""
+            mask = None
+            if meta["mask"] is not None:
+                packed = {n.removeprefix(_MASK): t for n, t in tensors.items() if n.startswith(_MASK)}
+                mask = Mask.unpack(packed, str(self.path), meta["mask"])
+            return Saved(position, tensors, meta["optimizer"], mask), ""
         except (ArtifactError, OSError, KeyError, TypeError, ValueError) as error:
             return None, f"the saved state cannot be used, started anew ({error})"
 
@@ -182,21 +201,31 @@ class ResumeFile:
         return time.monotonic() - self._saved_at >= max(self.every_s, _SHARE * self._cost)
 
     def save(
-        self, position: Position, model: nn.Module, values: Tensor, optimizer: Optimizer | None = None
+        self,
+        position: Position,
+        model: nn.Module,
+        values: Tensor,
+        optimizer: Optimizer | None = None,
+        more: Mapping[str, Tensor] | None = None,
+        mask: Mask | None = None,
     ) -> None:
         """Write the state between two optimizer steps, atomically and durably.
 
         Args:
             position: where the run stands.
-            model: its buffers are saved; the base weights are the caller's to rebuild.
+            model: its buffers are saved; the base weights are the caller's to rebuild, but for a changed mask.
             values: θ.
             optimizer: None for a run that is finished and needs its moments no more.
+            more: further tensors by name.
+            mask: the mask in force, where it is not (or was not always) that of the run's start; all weights are
+                saved with it.
 
         Raises:
             StorageError: if the file cannot be written.
         """
         start = time.monotonic()
         tensors = {"theta": values.detach(), **buffers(model), **random_state(values.device)}
+        tensors |= {f"more.{name}": tensor for name, tensor in (more or {}).items()}
         scalars: dict[str, Any] = {}
         if optimizer is not None:
             for i, state in optimizer.state_dict()["state"].items():
@@ -205,8 +234,11 @@ class ResumeFile:
                         tensors[f"optimizer.{i}.{key}"] = value
                     else:
                         scalars.setdefault(str(i), {})[key] = value
+        if mask is not None:
+            tensors |= weights(model, mask) | {_MASK + n: t for n, t in mask.pack(compact=False).items()}
         meta = {
             "fingerprint": self.fingerprint,
+            "mask": None if mask is None else mask.info,
             "position": json.dumps(dataclasses.asdict(position)),  # as text: a metric may be NaN
             "optimizer": scalars,
         }
@@ -238,6 +270,16 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
         ``buffer.<name>`` -> the buffer itself.
     """
     return {f"buffer.{name}": buffer for name, buffer in unwrapped(model).named_buffers()}
+
+
+def weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
+    """Collect the parameters that a mask speaks of.
+
+    Returns:
+        ``weight.<name>`` -> the parameter itself, detached.
+    """
+    have = dict(unwrapped(model).named_parameters())
+    return {f"weight.{name}": have[name].detach() for name in mask.index}
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -83,15 +83,9 @@ def test_save_and_load_is_the_identity(tmp_path: Path) -> None:
     assert path.read_bytes() == first
 
 
-def test_damage_is_refused(tmp_path: Path) -> None:
+def test_a_sound_file_with_an_unsound_ranking_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
     Ranking.of(scores_of(1, 50), keep=0.3).save(path)
-    raw = path.read_bytes()
-    for at in range(0, len(raw), 3):
-        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << at % 8]) + raw[at + 1 :])
-        with pytest.raises(ArtifactError):
-            Ranking.load(path)
-    path.write_bytes(raw)
     meta, sections = files.read_file(path, format=FORMAT, version=VERSION)
     for changed, parts, why in (
         (meta | {"digest": "0"}, sections, "not the ranking the header names"),

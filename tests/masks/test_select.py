@@ -1,6 +1,7 @@
 """The strategies by name."""
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
@@ -51,6 +52,12 @@ def test_magnitude_is_top_k_of_absolute_weights() -> None:
     assert select.magnitude(MODEL, 0.1, ["head"]) == expected
     assert all(p.equal(before[name]) for name, p in MODEL.named_parameters())
     assert select.magnitude(network().bfloat16(), 0.1, ["head"]).nnz == expected.nnz
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_magnitude_looks_through_wrappers(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """A wrapper's prefix on every name must neither drop a tensor nor change the mask."""
+    assert select.magnitude(wrap(MODEL), 0.1, ["head"]) == select.magnitude(MODEL, 0.1, ["head"])
 
 
 def test_bias_goes_by_the_last_component() -> None:

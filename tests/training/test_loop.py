@@ -13,7 +13,7 @@ from pipeline.errors import DataError, DivergedError, Interrupted, ModelError, P
 from pipeline.losses import Batch, example_losses
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex
-from pipeline.training import loop
+from pipeline.training import ledger
 from pipeline.training.device import Device
 from pipeline.training.loop import FitResult, Progress, Recipe, fit
 from pipeline.training.masked import MaskedParameters
@@ -249,7 +249,7 @@ def test_log_and_progress_tell_the_steps() -> None:
 
 def test_losses_are_the_same_however_seldom_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     often = train(noisy(), lambda e: data([8, 8, 5], epoch=e), Recipe(2, 0.01))[1]
-    monkeypatch.setattr(loop._Run, "read_every", property(lambda _: 50, lambda *_: None), raising=False)
+    monkeypatch.setattr(ledger.Ledger, "read_every", property(lambda _: 50, lambda *_: None), raising=False)
     seldom = train(noisy(), lambda e: data([8, 8, 5], epoch=e), Recipe(2, 0.01))[1]
     assert often.history == seldom.history
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeline.errors import DivergedError, Interrupted, StorageError
 from pipeline.losses import example_losses
-from pipeline.training import loop
+from pipeline.training import ledger
 from pipeline.training import resume as room
 from pipeline.training.resume import ResumeFile, fingerprint
 
@@ -157,7 +157,7 @@ def test_losses_not_yet_read_are_in_the_saved_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:
     # On a GPU the losses stay on the device for many steps.
-    monkeypatch.setattr(loop._Run, "read_every", property(lambda _: 50, lambda *_: None), raising=False)
+    monkeypatch.setattr(ledger.Ledger, "read_every", property(lambda _: 50, lambda *_: None), raising=False)
     path = tmp_path / "resume.safetensors"
     stopped(path)
     result, ends = run(path)

@@ -1,0 +1,73 @@
+"""Replacing a whole folder atomically and durably: after a crash the old one stands there or the new one."""
+
+import ctypes
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.atomic import reason, sync_folder
+from pipeline.errors import StorageError
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Fill a temporary folder beside ``folder``, then put it in its place.
+
+    Files are to be written into it by ``replace_file``, which makes each of them durable.
+
+    Args:
+        folder: where it goes; an old folder is removed once the new one stands there, its permissions are kept.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        StorageError: if it cannot be written; the old folder is as it was and no temporary one stays behind.
+    """
+    temporary = folder.parent / f".{folder.name[:200]}.{secrets.token_hex(6)}.tmp"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if folder.exists():
+                temporary.chmod(stat.S_IMODE(folder.stat().st_mode))
+            for inner in (*temporary.rglob("*"), temporary):
+                if inner.is_dir():
+                    sync_folder(inner)
+            _put_in_place(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # the unfinished one, or the old one
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise StorageError(f"{folder}: {reason(error)}") from None
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Give a folder the name that another may have, which then has the first one's."""
+    if not folder.exists():
+        os.rename(temporary, folder)
+    elif not _exchanged(temporary, folder):
+        aside = temporary.with_suffix(".old")
+        os.rename(folder, aside)
+        try:
+            os.rename(temporary, folder)
+        except BaseException:
+            os.rename(aside, folder)
+            raise
+        os.rename(aside, temporary)
+
+
+def _exchanged(one: Path, two: Path) -> bool:
+    """Let two folders change names at once, where the system can; tells whether it did."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(two), _EXCHANGE) == 0)

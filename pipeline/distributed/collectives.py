@@ -1,0 +1,231 @@
+"""What the workers of a run say to each other; every byte is counted.
+
+A sum over the workers is made of an all-to-all and an all-gather: each rank adds up one part of the vector, in the
+order of the ranks, and hands it to all. That is as many bytes as a ring all-reduce (each rank sends
+2 (W-1)/W of the vector), but with an order of summation that no backend, device or number of buckets changes: all
+ranks end bitwise equal, and equal to W workers simulated in one process that adds in the order of the ranks.
+
+Shape legend: W ranks; n elements of one part, ceil(size / W).
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.errors import MismatchError, WorkerError
+from pipeline.parameters import byte_view
+
+
+class Collectives:
+    """The reductions of one process group; without one, those of a single worker, which send nothing.
+
+    Args:
+        group: the process group; None for the default one.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: W, the number of processes.
+        bytes: what this rank has handed to collectives for other ranks, by purpose.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        there = dist.is_available() and dist.is_initialized()
+        self._group = group
+        self.rank: int = dist.get_rank(group) if there else 0
+        self.size: int = dist.get_world_size(group) if there else 1
+        self._on_device = there and "nccl" in dist.get_backend(group)
+        self.bytes: Counter[str] = Counter()
+
+    @property
+    def bytes_sent(self) -> int:
+        """All bytes that this rank has handed over so far."""
+        return self.bytes.total()
+
+    def sum(
+        self, tensors: Mapping[str, Tensor], residuals: MutableMapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Add tensors up over the ranks, all of them in one exchange.
+
+        s = ((x_0 + x_1) + x_2) + ..., in the tensor's own dtype, so that integers stay exact. A tensor that has a
+        residual travels in bf16 with error feedback: what rounding to bf16 loses, before the sum and after it, is
+        kept in the residual and added to the next call's.
+
+        Args:
+            tensors: purpose -> tensor, of the same shapes and dtypes on every rank.
+            residuals: purpose -> fp32 tensor like it, this rank's rounding errors so far; updated in place.
+
+        Returns:
+            Purpose -> sum, bitwise equal on all ranks.
+
+        Raises:
+            WorkerError: if another worker died, hung, or cannot be reached.
+        """  # noqa: DOC502 - raised by what it calls
+        if self.size == 1:
+            return {name: tensor.clone() for name, tensor in tensors.items()}
+        residuals = residuals or {}
+        coded = {name: self._padded(tensor, residuals.get(name)) for name, tensor in tensors.items()}
+        for name, rows_Wn in coded.items():
+            self.bytes[name] += 2 * (self.size - 1) * rows_Wn[0].numel() * rows_Wn.element_size()
+        received = self._all_to_all(torch.cat([_bytes(rows_Wn) for rows_Wn in coded.values()], dim=1))
+        parts = []
+        for name, rows_Wn in _split(received, coded).items():
+            total_n = rows_Wn[0].to(tensors[name].dtype, copy=True)
+            for row_n in rows_Wn[1:]:
+                total_n += row_n
+            part_n = total_n.to(rows_Wn.dtype)
+            if name in residuals:
+                mine = residuals[name].view(-1)[self.rank * len(part_n) :][: len(part_n)]
+                mine += (total_n - part_n)[: len(mine)]
+            parts.append(byte_view(part_n))
+        summed = _split(self._all_gather(torch.cat(parts)), coded)
+        return {
+            name: summed[name].reshape(-1)[: tensor.numel()].to(tensor.dtype).view(tensor.shape)
+            for name, tensor in tensors.items()
+        }
+
+    def all_reduce_(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor up over the ranks in place, as the backend does it: what plain data-parallel training uses.
+
+        Args:
+            name: the purpose, for the count of bytes: those of a ring, 2 (W-1)/W of the tensor.
+            tensor: overwritten by the sum.
+
+        Raises:
+            WorkerError: if another worker died, hung, or cannot be reached.
+        """  # noqa: DOC502 - raised by what it calls
+        if self.size == 1:
+            return
+        self.bytes[name] += 2 * (self.size - 1) * -(-tensor.numel() // self.size) * tensor.element_size()
+        sent = self._placed(tensor)
+        with self._talking():
+            dist.all_reduce(sent, group=self._group)
+        if sent is not tensor:
+            tensor.copy_(sent)
+
+    def gather(self, name: str, tensor: Tensor) -> Tensor:
+        """Collect a tensor of one shape from every rank.
+
+        Args:
+            name: the purpose, for the count of bytes.
+            tensor: any shape and dtype.
+
+        Returns:
+            [W, ...], in the order of the ranks.
+
+        Raises:
+            WorkerError: if another worker died, hung, or cannot be reached.
+        """  # noqa: DOC502 - raised by what it calls
+        flat = byte_view(tensor)
+        self.bytes[name] += (self.size - 1) * flat.numel()
+        return self._all_gather(flat).view(tensor.dtype).view(self.size, *tensor.shape)
+
+    def gather_bytes(self, name: str, data: Tensor) -> list[Tensor]:
+        """Collect byte strings of any length from every rank.
+
+        Args:
+            name: the purpose, for the count of bytes.
+            data: uint8 [length].
+
+        Returns:
+            One uint8 tensor per rank.
+
+        Raises:
+            WorkerError: if another worker died, hung, or cannot be reached.
+        """  # noqa: DOC502 - raised by what it calls
+        lengths = self.gather(name, torch.tensor([data.numel()])).reshape(-1).tolist()
+        padded = data.new_zeros(max(lengths))
+        padded[: data.numel()] = data
+        return [row[:length] for row, length in zip(self.gather(name, padded), lengths, strict=True)]
+
+    def largest(self, name: str, value: int) -> int:
+        """Find the largest of the ranks' integers.
+
+        Returns:
+            The same number on every rank.
+        """
+        return int(self.gather(name, torch.tensor([value])).max())
+
+    def agree(self, what: str, digest: str) -> None:
+        """Check that something is the same on every rank, by its digest.
+
+        Args:
+            what: the thing, for the message.
+            digest: hexadecimal, of one length on all ranks.
+
+        Raises:
+            MismatchError: if it is not; names the first rank that differs from rank 0. All ranks raise it.
+        """
+        rows = self.gather("digests", torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8))
+        for rank, row in enumerate(rows):
+            if not torch.equal(row, rows[0]):
+                raise MismatchError(
+                    f"{what} on rank {rank} differs from rank 0's; every worker needs the same software, kind of "
+                    "device and settings"
+                )
+
+    def _padded(self, tensor: Tensor, residual: Tensor | None) -> Tensor:
+        """Cut a tensor into one row per rank, padded with zeros: [W, n], in bf16 where there is a residual."""
+        flat = tensor.detach().reshape(-1)
+        if residual is not None:
+            exact = flat + residual.view(-1)
+            flat = exact.to(torch.bfloat16)
+            residual.view(-1).copy_(exact - flat)
+        rows = flat.new_zeros(self.size, -(-flat.numel() // self.size))
+        rows.view(-1)[: flat.numel()] = flat
+        return rows
+
+    def _all_to_all(self, rows: Tensor) -> Tensor:
+        """Send row r to rank r; returns the rows that were sent here, in the order of the ranks."""
+        sent = self._placed(rows)
+        received = torch.empty_like(sent)
+        with self._talking():
+            dist.all_to_all_single(received, sent, group=self._group)
+        return received.to(rows.device)
+
+    def _all_gather(self, row: Tensor) -> Tensor:
+        """Collect one row from every rank: [W, length]."""
+        if self.size == 1:
+            return row[None].clone()
+        sent = self._placed(row)
+        received = sent.new_empty(self.size, len(row))
+        # renamed in torch 2.14
+        collect: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with self._talking():
+            collect(received.view(-1), sent, group=self._group)
+        return received.to(row.device)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """Put a tensor where the backend reads it: gloo in main memory, NCCL on the GPU."""
+        if self._on_device and not tensor.is_cuda:
+            return tensor.cuda()
+        return tensor if self._on_device else tensor.cpu()
+
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise WorkerError(
+                f"rank {self.rank} of {self.size}: the exchange with the other workers failed: one of them died, hung "
+                f"or cannot be reached ({first}); run the same command again to go on from the last merge"
+            ) from None
+
+
+def _bytes(rows_Wn: Tensor) -> Tensor:
+    """View the rows of a matrix as bytes."""
+    return byte_view(rows_Wn).view(len(rows_Wn), -1)
+
+
+def _split(rows: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo the concatenation of several [W, n] matrices' bytes."""
+    widths = [rows_Wn[0].numel() * rows_Wn.element_size() for rows_Wn in like.values()]
+    return {
+        name: part.contiguous().view(rows_Wn.dtype)
+        for part, (name, rows_Wn) in zip(rows.split(widths, dim=1), like.items(), strict=True)
+    }

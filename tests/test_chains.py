@@ -1,0 +1,133 @@
+"""`fishmask checkpoint`: what it prints is what lies on the disk; what it writes is the state, bit for bit."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline import Chain, Mask, ParameterIndex, cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["fishmask", "checkpoint", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(params=[True, False], ids=["base kept", "base elsewhere"])
+def kept(request):
+    return request.param
+
+
+@pytest.fixture
+def states(tmp_path, kept):
+    """A chain of four steps; its states."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Linear(30, 4))
+    chain = Chain.create(tmp_path / "chain", model, keep_base=kept, info={"task": "toy"})
+    found = [copy.deepcopy(model.state_dict())]
+    for step in range(4):
+        shapes = ParameterIndex.of(model).shapes
+        mask = Mask.from_bool({name: torch.rand(shape) < 0.1 for name, shape in shapes.items()})
+        with torch.no_grad():
+            for name, at in mask.indices.items():
+                model.get_parameter(name).view(-1)[at] = torch.randn(at.numel())
+        model[1].num_batches_tracked += 1
+        chain.append(model, mask, info={"epoch": step, "accuracy": 0.5})
+        found.append(copy.deepcopy(model.state_dict()))
+    save_file(found[0], tmp_path / "base.safetensors")
+    return found
+
+
+def test_list_counts_the_bytes_on_the_disk(tmp_path, states, kept, run):
+    code, out, _ = run("list", tmp_path / "chain", "--json")
+    facts = json.loads(out)
+    dense = sum(t.numel() * t.element_size() for t in states[0].values())
+    assert code == 0 and [row["step"] for row in facts["steps"]] == [1, 2, 3, 4]
+    assert facts["bytes"] == sum(file.stat().st_size for file in (tmp_path / "chain").iterdir())
+    assert (facts["state_bytes"], facts["dense_bytes"]) == (dense, (4 + kept) * dense)
+    assert facts["ratio"] == facts["dense_bytes"] / facts["bytes"]
+    code, out, _ = run("list", tmp_path / "chain")
+    assert code == 0 and "accuracy=0.5, epoch=3" in out and f"{facts['bytes']:,} bytes" in out
+
+
+def test_restore_writes_each_state(tmp_path, states, kept, run):
+    base = () if kept else ("--base", tmp_path / "base.safetensors")
+    for step in (0, 1, 2, 3, 4, -1, -2):
+        code, out, _ = run("restore", tmp_path / "chain", "--step", step, "-o", tmp_path / "s.safetensors", *base)
+        number = step if step >= 0 else 5 + step
+        assert code == 0 and f"step {number} of" in out
+        written = load_file(tmp_path / "s.safetensors")
+        assert written.keys() == states[number].keys()
+        assert all(torch.equal(written[name], tensor) for name, tensor in states[number].items())
+    for arguments, part, expected in (
+        (("--step", "9"), "has no step 9; it has 1, 2, 3, 4", 2),
+        (("-o", tmp_path / "folder"), "does not say what its model is", 2),
+        (("-o", tmp_path / "no" / "s.safetensors"), "create the folder first", 7),
+    ):
+        given = ("-o", tmp_path / "x.safetensors", *arguments, *base)
+        code, _, err = run("restore", tmp_path / "chain", *given)
+        assert (code, err.count("\n")) == (expected, 1) and part in err
+    assert not (tmp_path / "x.safetensors").exists() and not (tmp_path / "folder").exists()
+
+
+def test_squash_and_prune_keep_what_they_say(tmp_path, states, kept, run):
+    chain, out = tmp_path / "chain", tmp_path / "s.safetensors"
+    base = () if kept else ("--base", tmp_path / "base.safetensors")
+    assert run("squash", chain, 2, 3)[0] == 0
+    assert [row["step"] for row in json.loads(run("list", chain, "--json")[1])["steps"]] == [1, 3, 4]
+    assert run("prune", chain, "--step", 3, "--step", 4)[0] == 0
+    assert run("prune", chain, "--keep", 2)[1].startswith("2 steps, ")
+    for step in (3, 4):
+        assert run("restore", chain, "--step", step, "-o", out, *base)[0] == 0
+        assert all(torch.equal(load_file(out)[name], tensor) for name, tensor in states[step].items())
+    for arguments, part in (
+        (("squash", chain, 4, 3), "has no steps 4 to 3 to join; it has 3, 4"),
+        (("squash", chain, 1, 9), "has no steps 1 to 9 to join"),
+        (("prune", chain), "either --keep N"),
+        (("prune", chain, "--keep", 1, "--step", 3), "either --keep N"),
+        (("prune", chain, "--step", 1), "has no step 1"),
+    ):
+        code, _, err = run(*arguments)
+        assert (code, err.count("\n")) == (2, 1) and part in err
+    assert run("list", tmp_path)[0] == 5
+
+
+def test_a_chain_that_names_its_model_is_restored_as_a_folder(tmp_path, run):
+    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        max_position_embeddings=8, num_labels=3,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]) + "\n"
+    )
+    (tmp_path / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    info = {"model": str(tmp_path / "bert"), "kind": "text", "outputs": 3, "classes": None, "seed": 0}
+    chain = Chain.create(tmp_path / "chain", model, info=info)
+    mask = Mask.covering(ParameterIndex.of(model), ["classifier.weight"])
+    with torch.no_grad():
+        model.classifier.weight.normal_()
+    chain.append(model, mask)
+    code, _, err = run("restore", tmp_path / "chain", "-o", tmp_path / "tuned")
+    assert code == 0, err
+    tuned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert all(torch.equal(tuned.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
