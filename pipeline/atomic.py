@@ -21,9 +21,7 @@ _ADVICE = {
 }
 
 
-def replace_file(
-    path: Path, parts: Iterable[bytes | bytearray | memoryview], *, mode: int | None = None
-) -> None:
+def replace_file(path: Path, parts: Iterable[bytes | bytearray | memoryview], *, mode: int | None = None) -> None:
     """Write parts to a temporary file beside ``path``, make it durable, and put it in the place of ``path``.
 
     Args:

@@ -3,10 +3,11 @@
     python -m stages.distribute digits fish main      # or: fishmask distribute --task digits --method fish
 
 Starts its workers under torchrun on this machine; under a torchrun of your own it is one worker (see
-``pipeline.distributed.launch``). Writes ``artifacts/distribute/<task>-<method>-<setting>/seed-N/``: ``delta.safetensors``
-with all that any of the masks touched, and ``merges.json``, each merge's bytes, drift and scores. On two CPU cores a
-seed of ``digits`` takes some seconds on two workers, and their start about five. Killed at any moment and run again, it
-goes on from the last merge that all workers have saved, and ends with the same bytes.
+``pipeline.distributed.launch``). Writes ``artifacts/distribute/<task>-<method>-<setting>/seed-N/``:
+``delta.safetensors`` with all that any of the masks touched, and ``merges.json``, each merge's bytes, drift and
+scores. On two CPU cores a seed of ``digits`` takes some seconds on two workers, and their start about five. Killed
+at any moment and run again, it goes on from the last merge that all workers have saved, and ends with the same
+bytes.
 """
 
 import contextlib
@@ -43,6 +44,9 @@ def run(stage: Stage, *, timeout: float = TIMEOUT, restarts: int = 0, debug: boo
         timeout: seconds that an exchange between workers may take.
         restarts: how often the workers are started again after one failed.
         debug: check after each merge that all ranks are bitwise equal.
+
+    Raises:
+        ParamsError: if a torchrun of your own started another number of workers.
     """
     wanted, threads = stage.read(f"distribute.{stage.cell.setting}"), stage.read("threads")
     if not is_worker():
@@ -53,8 +57,8 @@ def run(stage: Stage, *, timeout: float = TIMEOUT, restarts: int = 0, debug: boo
     with joined(timeout, cuda=device.device.type == "cuda") as world:
         if world.size != wanted.workers:
             raise ParamsError(
-                f"distribute.{stage.cell.setting}.workers is {wanted.workers}, but torchrun started {world.size}; make "
-                "them equal"
+                f"distribute.{stage.cell.setting}.workers is {wanted.workers}, but torchrun started {world.size}; "
+                "make them equal"
             )
         _work(stage, wanted, device, world, debug)
 

@@ -212,8 +212,8 @@ class Collectives:
         except RuntimeError as error:
             first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise WorkerError(
-                f"rank {self.rank} of {self.size}: the exchange with the other workers failed: one of them died, hung "
-                f"or cannot be reached ({first}); run the same command again to go on from the last merge"
+                f"rank {self.rank} of {self.size}: the exchange with the other workers failed: one of them died, "
+                f"hung or cannot be reached ({first}); run the same command again to go on from the last merge"
             ) from None
 
 

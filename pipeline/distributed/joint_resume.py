@@ -1,8 +1,8 @@
 """Resume state of a distributed run: every rank keeps its own, and all go on from the same merge.
 
 A rank's moments and random numbers are its own and are not sent to others, so each rank writes its own file. It
-keeps the last two states: a run that is killed while some ranks have saved a merge and others have not goes on from
-the one before, which all have.
+keeps the last two states: a run that is killed while some ranks have saved a merge and others have not goes on
+from the one before, which all have.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from pipeline.training.resume import Position, ResumeFile, Saved, fingerprint
 
 @dataclass(eq=False)
 class JointResume(ResumeFile):
-    """One rank's resume file; ``bound``, ``load``, ``due`` and ``save`` are called on all ranks in the same places.
+    """One rank's resume file; ``bound``, ``load``, ``due`` and ``save`` are called on all ranks alike.
 
     Args:
         path: the file, another one for each rank; two files are made, with ``-0`` and ``-1`` in their names.
@@ -52,7 +52,9 @@ class JointResume(ResumeFile):
         """
         found = [slot.load() for slot in self._slots]
         mine = [_place(saved.position) if saved is not None else -1 for saved, _ in found]
-        common: set[int] = set(mine).intersection(*map(set, self.wire.gather("control", torch.tensor(mine)).tolist()))
+        common: set[int] = set(mine).intersection(
+            *map(set, self.wire.gather("control", torch.tensor(mine)).tolist())
+        )
         newest = max(common, default=-1)
         if newest < 0:
             return None, "; ".join(note for _, note in found if note)

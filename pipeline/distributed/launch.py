@@ -1,8 +1,8 @@
 """Starting the workers of a run, and being one of them.
 
-On one machine ``launch`` starts torchrun itself: a free port on the loopback interface, one process per worker, each
-running the very command that was given. On several machines start that command under your own torchrun, one per
-machine; with RANK and WORLD_SIZE in the environment it is a worker::
+On one machine ``launch`` starts torchrun itself: a free port on the loopback interface, one process per worker,
+each running the very command that was given. On several machines start that command under your own torchrun, one
+per machine; with RANK and WORLD_SIZE in the environment it is a worker::
 
     torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --rdzv-id run1 \
         -m pipeline.cli distribute --task digits --method fish
@@ -28,6 +28,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,7 @@ def launch(workers: int, command: Sequence[str] | None = None, *, restarts: int 
         WorkerError: if a worker failed more often than that: its exit code is the worker's own, whose message
             stands on stderr; or says which signal killed it.
         Interrupted: if this process was asked to stop; the workers have ended.
-    """
+    """  # noqa: DOC502 - made by _failure
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -68,7 +69,7 @@ def launch(workers: int, command: Sequence[str] | None = None, *, restarts: int 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its boxes would hide the line that matters
     arguments = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(workers)]
     arguments += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
-    parser = run.get_args_parser()
+    parser: Any = run.get_args_parser()
     if "--shutdown-timeout" in parser._option_string_actions:  # torch >= 2.10
         arguments += ["--shutdown-timeout", str(_GRACE)]
     share = {"OMP_NUM_THREADS": str(max(1, threads // workers)), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -79,7 +80,8 @@ def launch(workers: int, command: Sequence[str] | None = None, *, restarts: int 
         try:
             run.run(run.parse_args([*arguments, "-m", *(command or this_command())]))
         except ChildFailedError as error:
-            raise _failure(error.failures) from None
+            failed: WorkerError = _failure(error.failures)
+            raise failed from None
         except (SignalException, KeyboardInterrupt):
             raise Interrupted(
                 "stopped, and the workers with it; run the same command again to go on from the last merge"
@@ -130,18 +132,20 @@ def joined(timeout: float = TIMEOUT, *, cuda: bool = False) -> Iterator[Collecti
     dist.destroy_process_group()  # after a failure the process ends anyway, and this could wait for the dead
 
 
-def _failure(failures: dict) -> WorkerError:
+def _failure(failures: dict[int, Any]) -> WorkerError:
     """Say which worker failed first, and of what."""
     # The others fail in its wake: by losing touch (our own code), or by torchrun's SIGTERM.
-    rank, worst = min(failures.items(), key=lambda item: (item[1].exitcode in (WorkerError.code, -15), item[1].timestamp))
+    rank, worst = min(
+        failures.items(), key=lambda item: (item[1].exitcode in (WorkerError.code, -15), item[1].timestamp)
+    )
     if worst.exitcode < 0:
         how = f"was killed by {signal.Signals(-worst.exitcode).name}"
         rest = "out of memory, perhaps" if worst.exitcode == -signal.SIGKILL else "see the lines above"
     else:
         how, rest = f"failed with exit code {worst.exitcode}", "its message stands above"
     error = WorkerError(
-        f"worker {rank} (process {worst.pid}) {how} ({rest}); the others were ended; run the same command again to go "
-        "on from the last merge"
+        f"worker {rank} (process {worst.pid}) {how} ({rest}); the others were ended; run the same command again "
+        "to go on from the last merge"
     )
     error.code = worst.exitcode if worst.exitcode > 0 else WorkerError.code
     return error

@@ -38,10 +38,11 @@ Outer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 class LocalSGD:
-    """Keeps the workers of a run together: their changes since the last merge are added up, the k-vector at a time.
+    """Keeps the workers of a run together: at a merge their changes are added up, in one exchange.
 
-    At a merge each worker has changed θ by d_r since the last one, where all held a. With the mean over the workers
-    that train a coordinate (all of them, or those whose own masks have it), and one exchange for everything::
+    At a merge each worker has changed θ by d_r since the last one, where all held a. With the mean over the
+    workers that train a coordinate (all of them, or those whose own masks have it), and one exchange for
+    everything::
 
         a <- a + Σ_r d_r / c        c = the number of workers that train the coordinate, or 1 for "sum"
         a <- outer.step(gradient = -Σ_r d_r / c)                               with an outer optimizer
@@ -58,8 +59,8 @@ class LocalSGD:
         outer: parameters -> an optimizer for the merged change, such as
             ``lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9, nesterov=True)``; None adds the change.
         dtype: in which changes travel: fp32, or bf16 with error feedback (half the bytes).
-        own_masks: every worker has a mask of its own, and all end with the values of all (the union). Otherwise the
-            masks must be equal.
+        own_masks: every worker has a mask of its own, and all end with the values of all (the union). Otherwise
+            the masks must be equal.
         head: module names whose change is averaged even under ``sum``: every worker trains them, and their sum
             would be W times too far.
         debug: compare digests of θ and buffers over all ranks after each merge (32 bytes and a hash).
@@ -291,7 +292,7 @@ class LocalSGD:
         self._divisor = divisor.to(place, self._masked.values.dtype)
 
     def _read(self) -> Tensor:
-        """Copy the values of all workers' coordinates out of the model, masters where this worker has them: [K]."""
+        """Copy the values of all workers' coordinates from the model, masters where this worker has them: [K]."""
         theta = self._masked.values.detach()
         if self._places is None:
             return theta.clone()

@@ -121,7 +121,9 @@ class Rounds:
         self.sync: LocalSGD | None = None
         self._buffers = Buffers(self._masked.model)
         if course.every:
-            outer = None if course.outer is None else partial(_nesterov, lr=course.outer[0], momentum=course.outer[1])
+            outer = (
+                None if course.outer is None else partial(_nesterov, lr=course.outer[0], momentum=course.outer[1])
+            )
             self.sync = LocalSGD(
                 self._masked, optimizer, every=course.every, average=course.average, outer=outer,
                 dtype=course.dtype, own_masks=course.own_masks and not course.dense_steps, head=self._head,
@@ -167,7 +169,7 @@ class Rounds:
                 return False
         self._merges += 1
         self._since += 1
-        record = {"merge": self._merges, "step": step, "bytes": sum(self.bytes.values())}
+        record: dict[str, float] = {"merge": self._merges, "step": step, "bytes": sum(self.bytes.values())}
         record |= {"drift": self.sync.drift} if self.sync is not None else {}
         if self._evaluate is not None and report and self.wire.rank == 0:
             record |= self._evaluated(self._evaluate)

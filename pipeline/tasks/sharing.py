@@ -183,7 +183,9 @@ def choose_mask(
         batches = task.examples(settings.pop("examples"), settings.pop("batch_size"), seed=drawn, device=where)
         scores = fisher_diagonal(model, batches, **settings)
     if not sharing.own_masks or world.size == 1:
-        return mask_for(sharing.method, model, density=sharing.density, head=sharing.head, seed=drawn, ranking=scores)
+        return mask_for(
+            sharing.method, model, density=sharing.density, head=sharing.head, seed=drawn, ranking=scores
+        )
     if scores is None:
         if method.strategy != "random":
             raise ParamsError(f"method '{method.name}' has one mask for all workers; set own_masks to false")

@@ -1,6 +1,6 @@
 """The runs that real workers make and that the simulation makes again; as a script, one worker.
 
-    python cases.py RANK SIZE FOLDER
+python cases.py RANK SIZE FOLDER
 """
 
 import sys

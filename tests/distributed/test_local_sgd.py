@@ -92,7 +92,9 @@ def simulate(case, size):
             part = total[start : start + len(at)]
             start += len(at)
             trainers = sum(torch.isin(at, mask.indices[name]).to(wide) for mask in masks)
-            part = part / (torch.ones_like(part) if case.average == "sum" and name[:2] not in case.head else trainers)
+            part = part / (
+                torch.ones_like(part) if case.average == "sum" and name[:2] not in case.head else trainers
+            )
             if case.outer is not None:  # torch.optim.SGD with Nesterov momentum, by hand
                 settings, grad = case.outer.keywords, -part
                 if velocity[name] is None:
@@ -150,8 +152,12 @@ def test_real_processes_equal_the_simulation(real, name):
     for rank, expected in enumerate(simulate(CASES[name], size)):
         for key, value in expected.items():
             got = results[name][rank][key]
-            if "norm." in key or key == "seen":  # the oracle pools in float64; training on goes the other way round
-                torch.testing.assert_close(got, value, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+            if (
+                "norm." in key or key == "seen"
+            ):  # the oracle pools in float64; training on goes the other way round
+                torch.testing.assert_close(
+                    got, value, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-6
+                )
             elif CASES[name].outer is not None:
                 torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-6)
             else:
@@ -164,7 +170,10 @@ def test_all_ranks_are_bitwise_equal_at_the_end(real, name):
     for rank in range(1, size):
         for key, value in results[name][0].items():
             if key != "theta" or not CASES[name].own:
-                assert key.startswith(("bytes", "handed")) or torch.equal(results[name][rank][key], value), (rank, key)
+                assert key.startswith(("bytes", "handed")) or torch.equal(results[name][rank][key], value), (
+                    rank,
+                    key,
+                )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -249,7 +258,9 @@ def test_arguments_out_of_range_are_refused():
 def test_an_outer_step_that_is_not_finite_diverges():
     model = build(torch.float32)
     masked = MaskedParameters(model, mask_of(Case(), 0))
-    sync = LocalSGD(masked, OPTIMIZERS["sgd"]([masked.values]), every=1, outer=lambda p: torch.optim.SGD(p, lr=1.0))
+    sync = LocalSGD(
+        masked, OPTIMIZERS["sgd"]([masked.values]), every=1, outer=lambda p: torch.optim.SGD(p, lr=1.0)
+    )
     masked.values.data[3] = float("nan")
     with pytest.raises(DivergedError, match="merge 1 of 1 workers"):
         sync.step()

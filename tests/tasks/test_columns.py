@@ -101,9 +101,7 @@ def test_known_classes_bound_the_labels():
 def test_a_missing_column_names_those_there_and_the_closest():
     with pytest.raises(DataError) as caught:
         encode_labels(raw(train=[0, 1], validation=[0]), "lable")
-    assert str(caught.value) == (
-        "train.csv: data.label: no column 'lable'; did you mean 'label'? (known: label)"
-    )
+    assert str(caught.value) == ("train.csv: data.label: no column 'lable'; did you mean 'label'? (known: label)")
 
 
 def test_text_columns_hold_text_in_every_row():
