@@ -4,7 +4,7 @@ The public names. They are imported on first use, so that ``import pipeline`` co
 
     from pipeline import ParameterIndex, base_digest                   # a model as one flat space
     from pipeline import fisher_diagonal, Ranking, Mask                # what to train
-    from pipeline import MaskedParameters, fit, Recipe                 # training it
+    from pipeline import MaskedParameters, fit, Recipe, LocalSGD       # training it, alone or on several workers
     from pipeline import Delta, Chain                                  # keeping it
 
 Source: Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021 (arXiv 2111.09839).
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.deltas.chain import Chain
     from pipeline.deltas.delta import Delta
+    from pipeline.distributed.local_sgd import LocalSGD
     from pipeline.fisher import fisher_diagonal
     from pipeline.masks.mask import Mask
     from pipeline.masks.ranking import Ranking
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chain",
     "Delta",
+    "LocalSGD",
     "Mask",
     "MaskedParameters",
     "ParameterIndex",
@@ -39,6 +41,7 @@ __all__ = [
 _HOME = {
     "Chain": "pipeline.deltas.chain",
     "Delta": "pipeline.deltas.delta",
+    "LocalSGD": "pipeline.distributed.local_sgd",
     "Mask": "pipeline.masks.mask",
     "MaskedParameters": "pipeline.training.masked",
     "ParameterIndex": "pipeline.parameters",

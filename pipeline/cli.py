@@ -1,8 +1,10 @@
 """The command `fishmask`: parse, call, print. Every heavy import stands inside its command."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,7 +88,8 @@ def _stage(
     params = Params.load(workspace.root / "params.yaml", overrides)
     stage = Stage(Cell(*cell), params, workspace, seeds=seeds or None, out=out, track=track)
     work(stage)
-    print(f"{' '.join(cell)}: wrote {stage.out}")
+    if "RANK" not in os.environ:  # not a worker of a distributed run
+        print(f"{' '.join(cell)}: wrote {stage.out}")
 
 
 @app.command(rich_help_panel=STAGES)
@@ -136,6 +139,34 @@ def train(
     from stages import train as module
 
     _stage(module.run, ("train", task, method, setting), seed, out, set_, mlflow)
+
+
+@app.command(rich_help_panel=STAGES)
+def distribute(
+    task: Task,
+    method: Method = "fish",
+    setting: Annotated[str, typer.Option("--setting", help="A name below distribute in params.yaml.")] = "main",
+    workers: Annotated[int | None, typer.Option("--workers", "-w", min=1, help="Processes; needs --out.")] = None,
+    every: Annotated[
+        int | None, typer.Option("--every", min=0, help="Local steps between merges, 0 for none; needs --out.")
+    ] = None,
+    seed: Seed = None,
+    out: Out = None,
+    set_: Sets = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds an exchange between workers may take.")] = 300,
+    restarts: Annotated[int, typer.Option(min=0, help="Times to start the workers again after a failure.")] = 0,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Check that all workers are equal after each merge.")
+    ] = False,
+    mlflow: Track = True,
+) -> None:
+    """Train one cell on several workers that exchange what the mask covers."""
+    from stages import distribute as module
+
+    chosen = {"workers": workers, "every": every}
+    sets = [f"distribute.{setting}.{key}={value}" for key, value in chosen.items() if value is not None]
+    work = partial(module.run, timeout=timeout, restarts=restarts, debug=debug)
+    _stage(work, ("distribute", task, method, setting), seed, out, [*(set_ or []), *sets], mlflow)
 
 
 @app.command(rich_help_panel=STAGES)

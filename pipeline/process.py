@@ -59,6 +59,9 @@ def end_with_parent(*, grandparent: bool = True) -> None:
 
     DVC starts a stage through a shell, so both are watched: the kernel reports the parent's end (Linux), a
     thread the rest. Without this a killed ``dvc repro`` leaves its stage running and writing (TRAPS D4).
+
+    Args:
+        grandparent: watch the parent's parent too.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -14,7 +14,8 @@ or under Slurm, with the first node's address as the meeting point::
         --rdzv-id "$SLURM_JOB_ID" -m pipeline.cli distribute --task digits --method fish
 
 Every machine needs the project, its fetched data, and the same versions; rank 0's writes the results. Set
-``GLOO_SOCKET_IFNAME`` where a machine has several network interfaces.
+``GLOO_SOCKET_IFNAME`` where a machine has several network interfaces, and ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``
+where torchrun is to restart workers on several machines.
 
 Faults: a worker that dies ends the run with one line and the other workers with it; one that hangs, or cannot be
 reached, makes the others' exchange fail after ``timeout`` seconds. Every worker ends with the process that started
@@ -26,12 +27,16 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.distributed.collectives import Collectives
 from pipeline.errors import Interrupted, WorkerError
@@ -40,7 +45,8 @@ from pipeline.process import end_with_parent
 TIMEOUT = 300.0
 """Seconds that an exchange may take; rank 0's evaluation and saving count, the others wait for it."""
 
-_GRACE = 10  # seconds that torchrun leaves the others to end before it kills them
+GRACE = 20.0
+"""Seconds that a worker may go on after SIGTERM, for the step under way and a save."""
 
 
 def is_worker() -> bool:
@@ -69,10 +75,7 @@ def launch(workers: int, command: Sequence[str] | None = None, *, restarts: int 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its boxes would hide the line that matters
     arguments = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(workers)]
     arguments += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
-    parser: Any = run.get_args_parser()
-    if "--shutdown-timeout" in parser._option_string_actions:  # torch >= 2.10
-        arguments += ["--shutdown-timeout", str(_GRACE)]
-    share = {"OMP_NUM_THREADS": str(max(1, threads // workers)), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    share = {"OMP_NUM_THREADS": str(max(1, threads // workers))}
     if sys.platform == "linux":
         share["GLOO_SOCKET_IFNAME"] = "lo"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -102,12 +105,13 @@ def this_command() -> list[str]:
 
 
 @contextlib.contextmanager
-def joined(timeout: float = TIMEOUT, *, cuda: bool = False) -> Iterator[Collectives]:
+def joined(timeout: float = TIMEOUT, *, cuda: bool = False, grace: float = GRACE) -> Iterator[Collectives]:
     """Be a worker while the block runs: NCCL where every worker of this machine has a GPU of its own, else gloo.
 
     Args:
         timeout: seconds that an exchange may take before the others count as dead.
         cuda: whether the model will be on a GPU.
+        grace: seconds after SIGTERM at which a worker that still runs (it hangs) is killed.
 
     Yields:
         The ranks.
@@ -116,11 +120,17 @@ def joined(timeout: float = TIMEOUT, *, cuda: bool = False) -> Iterator[Collecti
         WorkerError: if the workers do not find each other.
     """
     end_with_parent(grandparent=False)
+    _kill_late(grace)
     own = cuda and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if own:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(seconds=timeout))
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        # torchrun keeps its store over a restart: without a prefix, ranks would find their predecessors
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _one_node() else "0"
+        store = PrefixStore(f"attempt-{attempt}", store)
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group("nccl" if own else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -132,21 +142,41 @@ def joined(timeout: float = TIMEOUT, *, cuda: bool = False) -> Iterator[Collecti
     dist.destroy_process_group()  # after a failure the process ends anyway, and this could wait for the dead
 
 
+def _kill_late(grace: float) -> None:
+    """End this process some seconds after SIGTERM, whatever it does: a worker that hangs would outlive its run."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # The interpreter writes the number of a signal here at once, even where the main thread is stuck.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while os.read(reader, 1)[0] != signal.SIGTERM:
+            pass
+        time.sleep(grace)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="kill-late").start()
+
+
+def _one_node() -> bool:
+    """Tell whether all workers are on this machine: agents of several count restarts each for itself."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+
+
 def _failure(failures: dict[int, Any]) -> WorkerError:
     """Say which worker failed first, and of what."""
     # The others fail in its wake: by losing touch (our own code), or by torchrun's SIGTERM.
     rank, worst = min(
         failures.items(), key=lambda item: (item[1].exitcode in (WorkerError.code, -15), item[1].timestamp)
     )
+    again = "; run the same command again to go on from the last merge"
     if worst.exitcode < 0:
         how = f"was killed by {signal.Signals(-worst.exitcode).name}"
-        rest = "out of memory, perhaps" if worst.exitcode == -signal.SIGKILL else "see the lines above"
+        how += " (out of memory, perhaps)" if worst.exitcode == -signal.SIGKILL else ""
     else:
-        how, rest = f"failed with exit code {worst.exitcode}", "its message stands above"
-    error = WorkerError(
-        f"worker {rank} (process {worst.pid}) {how} ({rest}); the others were ended; run the same command again "
-        "to go on from the last merge"
-    )
+        how = f"failed with exit code {worst.exitcode}: its message stands above"
+        again = again if worst.exitcode in (1, WorkerError.code, Interrupted.code) else ""
+    error = WorkerError(f"worker {rank} (process {worst.pid}) {how}; the others were ended{again}")
     error.code = worst.exitcode if worst.exitcode > 0 else WorkerError.code
     return error
 

@@ -22,8 +22,7 @@ from pipeline.distributed.collectives import Collectives
 from pipeline.distributed.local_sgd import LocalSGD
 from pipeline.errors import DivergedError, ParamsError
 from pipeline.masks.mask import Mask
-from pipeline.parameters import put_
-from pipeline.training.masked import MaskedParameters, fitting_parameters
+from pipeline.training.masked import MaskedParameters
 from pipeline.training.resume import random_state, set_random_state
 
 _REPORTS = 4  # evaluations per epoch at most: one costs as much as many local steps
@@ -200,8 +199,7 @@ class Rounds:
         """What a resume needs beside θ, the optimizer and the buffers.
 
         Returns:
-            Tensors by name. Once masks have changed, the whole model is among them: values outside the mask are
-            not the base's any more.
+            Tensors by name.
         """
         numbers = {
             "records": self.records, "merges": self._merges, "reported": self._reported, "since": self._since,
@@ -209,31 +207,22 @@ class Rounds:
         }  # fmt: skip
         text = json.dumps(numbers).encode()
         state = {"numbers": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-        state |= {f"mask.{n}": t for n, t in self._masked.mask.pack(compact=False).items()}
         if self.touched != self._masked.mask:
             state |= {f"touched.{n}": t for n, t in self.touched.pack(compact=False).items()}
-            state |= {f"weight.{n}": p.detach() for n, p in self._masked.model.named_parameters()}
         return state | ({f"sync.{n}": t for n, t in self.sync.state().items()} if self.sync is not None else {})
 
-    @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what ``state`` gave, on every rank."""
         numbers: dict[str, Any] = json.loads(bytes(state["numbers"].tolist()))
         self.records, self._merges, self._reported = numbers["records"], numbers["merges"], numbers["reported"]
         self._since, self._choices, self._step = numbers["since"], numbers["choices"], numbers["step"]
-        self.wire.bytes.clear()
-        self.wire.bytes.update(numbers["bytes"])
-        mask = Mask.unpack(_part(state, "mask"), "the saved state")
-        weights = _part(state, "weight")
-        for name, parameter in self._masked.model.named_parameters():
-            if name in weights:
-                put_(parameter, None, weights[name].to(parameter.device))
-        if mask != self._masked.mask:
-            self._remask(mask)
         if self.sync is not None:
+            self._remask(self._masked.mask)  # so that all workers' coordinates are known
             self.sync.restore(_part(state, "sync"))
         touched = _part(state, "touched")
-        self.touched = Mask.unpack(touched, "the saved state") if touched else mask
+        self.touched = Mask.unpack(touched, "the saved state") if touched else self._masked.mask
+        self.wire.bytes.clear()
+        self.wire.bytes.update(numbers["bytes"])
         self._buffers.mark()
 
     def _renew(self) -> None:
@@ -241,12 +230,8 @@ class Rounds:
         assert self._choose is not None
         place = self._masked.values.device
         before, model = random_state(place), self._masked.model
-        for parameter in fitting_parameters(model, self._masked.mask).values():
-            parameter.requires_grad_(True)  # scores are of all parameters; remask_ sets the flags anew
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                module.sparse = False
-        mask = self._choose(model, self._choices)
+        with self._masked.suspended():
+            mask = self._choose(model, self._choices)
         model.train()
         set_random_state(before, place)
         self._choices, self._since = self._choices + 1, 0

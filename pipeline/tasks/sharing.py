@@ -111,6 +111,9 @@ def train_worker(
     """
     if not 0 <= sharing.warmup < recipe.epochs:
         raise ParamsError(f"warmup is {sharing.warmup} epochs; expected fewer than the {recipe.epochs} of the run")
+    method = method_named(sharing.method)
+    if sharing.own_masks and not (method.needs_ranking or method.strategy == "random"):
+        raise ParamsError(f"method '{method.name}' has one mask for all workers; set own_masks to false")
     where, rank, seed = device.device, world.rank, seed_of(recipe.seed, world.rank)
     rows = task.rows("train")
     mine = shard_of(rows, rank, world.size, recipe.seed) if sharing.shard else rows
@@ -171,9 +174,6 @@ def choose_mask(
 
     Returns:
         The mask.
-
-    Raises:
-        ParamsError: if a method has no masks of the workers' own.
     """
     method, drawn = method_named(sharing.method), seed + number * 1_000_003
     scores = None
@@ -187,7 +187,5 @@ def choose_mask(
             sharing.method, model, density=sharing.density, head=sharing.head, seed=drawn, ranking=scores
         )
     if scores is None:
-        if method.strategy != "random":
-            raise ParamsError(f"method '{method.name}' has one mask for all workers; set own_masks to false")
         scores = random_scores(ParameterIndex.of(model), drawn)
     return interleaved(scores, sharing.density, world.size, world.rank, sharing.head)

@@ -185,17 +185,17 @@ class _Run:
         if saved is None:
             return None, note
         try:
-            if self.sync is not None:
-                self.sync.restore(saved.more)
             if saved.mask is not None:
                 self.masked.remask_(saved.mask)
                 self.remasked = True
             saved.restore(self.model, self.masked.values, self.optimizer)
+            self.masked.write_()
+            if self.sync is not None:
+                self.sync.restore(saved.more)
         except (ArtifactError, MismatchError) as error:
             self.masked.remask_(self.begun)
             self.remasked = False
             return None, f"{self.resume.path}: {error}; started anew"
-        self.masked.write_()
         self.ledger.go_on_from(saved.position)
         self.at = self.ledger.at
         return self.at.step, note
@@ -246,6 +246,7 @@ class _Run:
         self.ledger.count(len(group), sum(sizes))
         if self.sync is not None:
             self.together = self.sync.after_step(at.step, last=at.step == self.steps)
+            self.remasked = self.remasked or self.masked.chosen is not self.begun
 
     def _read_losses(self) -> None:
         step = self.ledger.read()

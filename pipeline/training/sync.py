@@ -19,7 +19,9 @@ class Sync(Protocol):
         ...
 
     def after_step(self, step: int, last: bool) -> bool:
-        """θ is stepped and written; ``step`` steps are done, and no more follow where ``last``.
+        """θ is stepped and written; ``step`` steps are done, no more follow where ``last``.
+
+        It may change the mask.
 
         Returns:
             True where all runs hold the same θ, so that the state may be saved and resumed from.
@@ -31,5 +33,5 @@ class Sync(Protocol):
         ...
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what ``state`` gave, before θ and the optimizer's state are; may change the mask."""
+        """Put back what ``state`` gave; mask, θ, optimizer and buffers are back already."""
         ...
