@@ -18,9 +18,8 @@ def run(stage: Stage) -> None:
     cell = stage.cell
     method = method_named(cell.method or "")
     setting = stage.read(f"settings.{cell.setting}")
-    density, examples = setting.density or stage.of_task("density"), None
-    if method.needs_ranking:
-        examples = setting.examples or stage.of_task("score.examples")[-1]
+    own, counts = stage.of_task("density"), stage.of_task("score.examples") if method.needs_ranking else None
+    density, examples = setting.density or own, (setting.examples or counts[-1]) if counts else None
     head = stage.of_task("head")
     task = Task.load(stage.input("fetch"), stage.of_task("model"), stage.of_task("metric"))
     key = fingerprint(cell=cell, settings=stage.settings, data=task.data_digest)
