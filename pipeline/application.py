@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.atomic_folder import replace_folder
 from pipeline.checkpoints import INDEX, Checkpoint
 from pipeline.deltas.delta import Delta
+from pipeline.deltas.origin import decode_
 from pipeline.deltas.target import dtype_name
 from pipeline.errors import MismatchError, ModelError, ParamsError
 from pipeline.rewriting import Edit, rewrite
@@ -194,8 +195,7 @@ def _as_base(source: str, path: Path | None, delta: Delta) -> Streamed | None:
         )
     digests = {} if unknown else view.digests()
     if not unknown and delta.known.is_of(digests, whole):
-        thin = [name for names, *_ in delta.thin.rows.values() for name in names] if delta.thin else []
-        delta.fill_({name: view.read(name, delta.at(name)) for name in thin})
+        decode_(delta, view.read)
         return view
     if view.lacking and buildable:  # a head as the seed draws it may count in the digest
         return None

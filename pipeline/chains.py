@@ -10,11 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from pipeline.deltas.chain import Chain
+from pipeline.deltas.steps import PARTS
 from pipeline.errors import ModelError, ParamsError
 from pipeline.files import write_bytes
 from pipeline.tasks.saved import load_model, save_model
-
-_PARTS = ("coordinates", "values", "buffers", "header")
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -47,9 +46,9 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    table = Table("step", *(Column(part, justify="right") for part in ("count", *_PARTS, "bytes")), "info")
+    table = Table("step", *(Column(part, justify="right") for part in ("count", *PARTS, "bytes")), "info")
     for row in facts["steps"]:
-        parts = [f"{row['bytes'][part]:,}" for part in _PARTS]
+        parts = [f"{row['bytes'][part]:,}" for part in PARTS]
         info = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row["info"].items())
         total = f"{sum(row['bytes'].values()):,}"
         table.add_row(str(row["step"]), f"{row['values']:,}", *parts, total, info)

@@ -1,7 +1,6 @@
 """The command `fishmask`: parse, call, print. Every heavy import stands inside its command."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -71,6 +70,7 @@ def _stage(
     density: float | None = None,
 ) -> None:
     """Run one stage's cell in this process, exactly as DVC would."""
+    from pipeline.distributed.launch import is_worker
     from pipeline.params import Params
     from pipeline.workspace import Cell, Workspace
     from pipeline.yaml_files import parse_overrides
@@ -88,7 +88,7 @@ def _stage(
     params = Params.load(workspace.root / "params.yaml", overrides)
     stage = Stage(Cell(*cell), params, workspace, seeds=seeds or None, out=out, track=track)
     work(stage)
-    if "RANK" not in os.environ:  # not a worker of a distributed run
+    if not is_worker():
         print(f"{' '.join(cell)}: wrote {stage.out}")
 
 

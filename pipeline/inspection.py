@@ -204,7 +204,4 @@ def _norms(delta: Delta, base: str | None) -> dict[str, float]:
         return delta.norms()
     before, _ = application.base_values(delta, base, application.located(base))
     delta.fill_(before)
-    changes = {
-        name: part.double() - before[name].double() for name, part in delta.values.items() if name in before
-    }
-    return {name: float(change.norm()) for name, change in changes.items() if change.numel()}
+    return delta.norms(before)

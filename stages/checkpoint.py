@@ -9,7 +9,6 @@ moment and run again, it ends with the same bytes: run and chain are continued f
 
 import json
 import shutil
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from pipeline.tracking import Run
 from pipeline.training.device import choose_device
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import ResumeFile, fingerprint
-from pipeline.workspace import VERSION, code_digest
+from pipeline.workspace import code_digest
 from stages.runner import Stage, main, use_threads
 
 
@@ -64,9 +63,7 @@ def run(stage: Stage) -> None:
                 shutil.copytree(folder / "chain", stage.folder(seed), dirs_exist_ok=True)
                 scores.append(result["metric"])
             stage.record(seed, **result)
-        if scores:
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            run.log({metric: statistics.mean(scores), f"{metric}_std": spread, "seeds": len(scores)}, step=0)
+        stage.log_scores(run, metric, scores)
         stage.time(device=device.reason)
     for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,8 +89,7 @@ def _train(
             file=sys.stderr,
         )
         cost.check_room(folder, probed)
-    names = {"task": cell.task, "method": cell.method, "setting": cell.setting, "seed": seed}
-    info = task.model_info | names | {"data": task.data_digest, "fishmask": VERSION}
+    info = stage.provenance(task, seed)
     checkpoints = Checkpoints(folder / "chain", info, masks, mask, setting.every, task.reported, batch_size)
     outcome: dict[str, Any] = {"parameters": mask.index.total, "nnz": mask.nnz, "density": mask.density}
     try:

@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import shutil
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from pipeline.tracking import Run
 from pipeline.training.device import Device, choose_device
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import fingerprint
-from pipeline.workspace import VERSION, code_digest
+from pipeline.workspace import code_digest
 from stages.runner import Stage, main, use_threads
 
 
@@ -100,9 +99,8 @@ def _work(stage: Stage, wanted: Any, device: Device, world: Collectives, debug: 
                         shutil.copyfile(folders[seed] / name, stage.folder(seed) / name)
                 stage.record(seed, **result)
                 scores += [result["metric"]] if result["metric"] is not None else []
-        if run and scores:
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            run.log({metric: statistics.mean(scores), f"{metric}_std": spread, "seeds": len(scores)}, step=0)
+        if run:
+            stage.log_scores(run, metric, scores)
         stage.time(device=device.reason)
     world.largest("control", 0)  # the outputs are in place: no rank needs to go on from its state any more
     for folder in folders.values():
@@ -129,12 +127,8 @@ def _train(
     else:
         if world.rank == 0:
             mask = rounds.touched
-            base = digest_of_digests(before, without=[name for name in mask.index if mask.whole(name)])
-            info = task.model_info | {
-                "task": cell.task, "method": cell.method, "setting": cell.setting, "seed": seed,
-                "data": task.data_digest, "mask": mask.info, "fishmask": VERSION,
-            }  # fmt: skip
-            delta = Delta.of(model, mask, base=base, info=info)
+            base = digest_of_digests(before, without=mask.whole_tensors)
+            delta = Delta.of(model, mask, base=base, info=stage.provenance(task, seed) | {"mask": mask.info})
             outcome |= {"delta_bytes": delta.save(folder / "delta.safetensors"), "delta_digest": delta.digest}
             write_json(folder / "merges.json", {"merges": rounds.records, "bytes": rounds.bytes})
             outcome |= {"metric": rounds.records[-1][task.metric], "merges": rounds.records, "bytes": rounds.bytes}

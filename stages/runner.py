@@ -5,18 +5,22 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import FishmaskError, ParamsError, StorageError
 from pipeline.files import write_json
 from pipeline.params import Params
 from pipeline.process import alone, end_with_parent, interruptible
 from pipeline.tracking import Run, Tracker
-from pipeline.workspace import Cell, Workspace
+from pipeline.workspace import VERSION, Cell, Workspace
+
+if TYPE_CHECKING:
+    from pipeline.tasks.base import Task
 
 _SEEDED = {"score", "mask", "train", "checkpoint", "distribute"}
 
@@ -109,6 +113,18 @@ class Stage:
             self._record.update(values)
         else:
             self._record.setdefault("seeds", {}).setdefault(str(seed), {}).update(values)
+
+    def provenance(self, task: "Task", seed: int) -> dict[str, Any]:
+        """Say where what a seed leaves comes from: the model and the data, the cell, the code."""
+        cell = {key: getattr(self.cell, key) for key in ("task", "method", "setting")}
+        return task.model_info | cell | {"seed": seed, "data": task.data_digest, "fishmask": VERSION}
+
+    @staticmethod
+    def log_scores(run: Run, metric: str, scores: list[float]) -> None:
+        """Log mean and sample standard deviation of the seeds that ended with a score."""
+        if scores:
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+            run.log({metric: statistics.mean(scores), f"{metric}_std": spread, "seeds": len(scores)}, step=0)
 
     def time(self, **values: Any) -> None:
         """Add to the timing file: what differs from run to run (seconds, memory, device)."""

@@ -10,7 +10,6 @@ seed is taken from there.
 
 import json
 import shutil
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from pipeline.tracking import Run
 from pipeline.training.device import Device, choose_device
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import ResumeFile, fingerprint
-from pipeline.workspace import VERSION, code_digest
+from pipeline.workspace import code_digest
 from stages.runner import Stage, main, use_threads
 
 
@@ -57,9 +56,7 @@ def run(stage: Stage) -> None:
             stage.record(seed, mask_bytes=files[seed].stat().st_size, mask_digest=masks[seed].digest, **result)
             if result["metric"] is not None:
                 scores.append(result["metric"])
-        if scores:
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            run.log({metric: statistics.mean(scores), f"{metric}_std": spread, "seeds": len(scores)}, step=0)
+        stage.log_scores(run, metric, scores)
         stage.time(device=device.reason)
     for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,16 +84,7 @@ def _train(stage: Stage, task: Task, mask: Mask, recipe: Recipe, device: Device,
     except DivergedError as error:
         outcome |= {"metric": None, "diverged": str(error), "epochs": error.history}
     else:
-        info = task.model_info | {
-            "task": cell.task,
-            "method": cell.method,
-            "setting": cell.setting,
-            "seed": seed,
-            "data": task.data_digest,
-            "mask": mask.info,
-            "fishmask": VERSION,
-        }
-        delta = Delta.of(model, mask, base=base, info=info)
+        delta = Delta.of(model, mask, base=base, info=stage.provenance(task, seed) | {"mask": mask.info})
         size = delta.save(folder / "delta.safetensors", base=base)
         outcome |= {"metric": result.history[-1][task.metric], "epochs": result.history}
         outcome |= {"delta_bytes": size, "delta_digest": delta.digest}

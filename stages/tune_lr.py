@@ -19,13 +19,13 @@ from rich.table import Table
 
 from pipeline.errors import DivergedError
 from pipeline.files import write_json
-from pipeline.fisher import fisher_diagonal
 from pipeline.masks.mask import Mask
 from pipeline.params import Params, TaskParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.fitting import fit_task
+from pipeline.tasks.scoring import scores_for
 from pipeline.training.device import Device, choose_device
-from pipeline.training.methods import mask_for, method_named
+from pipeline.training.methods import mask_for
 from pipeline.training.recipe import Recipe
 from pipeline.workspace import Cell, Workspace
 from pipeline.yaml_files import edit_yaml
@@ -108,11 +108,8 @@ def grid(rate: float, move: int) -> float:
 def _mask(task: Task, settings: TaskParams, method: str, seed: int, device: Device) -> Mask:
     """The method's mask, from the ``fit`` part of train alone."""
     model = task.model(seed).to(device.device)
-    scores = None
-    if method_named(method).needs_ranking:
-        score = settings.score
-        batches = task.examples(score.examples[-1], score.batch_size, seed=seed, split="fit")
-        scores = fisher_diagonal(model, batches, kind=score.kind, power=score.power)
+    how = settings.score.model_dump(include={"kind", "power", "batch_size"})
+    scores = scores_for(method, task, model, examples=settings.score.examples[-1], seed=seed, split="fit", **how)
     return mask_for(method, model, density=settings.density, head=settings.head, seed=seed, ranking=scores)
 
 

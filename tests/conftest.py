@@ -187,3 +187,22 @@ def fork(tmp_path):
         return Project(root)
 
     return copy
+
+
+@pytest.fixture
+def one_thread():
+    """Compute on one thread, so that results do not depend on the machine's cores."""
+    import torch  # here, for the tests of what a process does before it is loaded
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread_seeded(one_thread):
+    """The same, torch's generator at a fixed start."""
+    import torch
+
+    torch.manual_seed(0)

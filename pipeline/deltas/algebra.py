@@ -219,7 +219,7 @@ class _Sum:
         self.digests = self.source.digests()
         for number, delta in enumerate(self.deltas):
             self._check_base(number, delta)
-            decode_(delta, self.source)
+            decode_(delta, self.source.read)
         self.factors = torch.tensor([w * rescale for w in self.weights], dtype=torch.float64)
 
     def _check_form(self, number: int, delta: Delta) -> None:
@@ -244,12 +244,11 @@ class _Sum:
 
     def _check_base(self, number: int, delta: Delta) -> None:
         """Check that the base is a delta's, and where its heads take part in the arithmetic, that they are too."""
-        whole = [name for name in delta.mask.index if delta.mask.whole(name)]
-        if not delta.known.is_of(self.digests, whole):
-            raise MismatchError(f"delta {number}: {delta.known.difference(self.digests, whole)}")
+        if not delta.known.is_of(self.digests, delta.whole):
+            raise MismatchError(f"delta {number}: {delta.known.difference(self.digests, delta.whole)}")
         if self.head is not None or delta.base == digest_of_digests(self.digests):
             return
-        for name in whole:
+        for name in delta.whole:
             users = [w for d, w in zip(self.deltas, self.weights, strict=True) if d.mask.count(name)]
             copied = users == [1.0] and self.method in ("add", "scale")
             if not copied and users and delta.known.tensors.get(name) != self.digests[name][:SHORT]:
@@ -293,7 +292,7 @@ class _Sum:
         mask = Mask.covering(
             self.lead.mask.index, whole, indices, {"parents": [d.mask.digest for d in self.deltas]}
         )
-        digest = digest_of_digests(self.digests, without=[name for name in mask.index if mask.whole(name)])
+        digest = digest_of_digests(self.digests, without=mask.whole_tensors)
         known = Base(digest, tensors={name: found[:SHORT] for name, found in self.digests.items()})
         info = self._common_info() | {"compose": made, "parents": parents}
         return Delta(mask, values, kept_buffers, known, self.lead.layout, info)

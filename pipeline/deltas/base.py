@@ -51,9 +51,9 @@ class Base:
         Returns:
             As ``of``, with the buffers that the target was asked for.
         """
-        values = {name: source.read(name, None if mask.whole(name) else mask.indices[name]) for name in mask.index}
+        values = {name: source.read(name, mask.at(name)) for name in mask.index}
         return cls(
-            digest_of_digests(digests, without=[name for name in mask.index if mask.whole(name)]),
+            digest_of_digests(digests, without=mask.whole_tensors),
             values,
             source.copied_buffers(),
             {name: found[:SHORT] for name, found in digests.items()},

@@ -172,9 +172,7 @@ class Chain:
         with self._folder.writing():
             newest = max(self._folder.steps, default=0)
             head, source = self._newest(), self._states.source
-            at = {
-                name: None if mask.whole(name) else mask.indices[name] for name in mask.index if mask.count(name)
-            }
+            at = {name: mask.at(name) for name in mask.index if mask.count(name)}
             patch: Patch = {name: (where, target.read(name, where)) for name, where in at.items()}
             after = merge([head.patch, patch])
             for name, tensor in target.parameters.items():
@@ -264,11 +262,11 @@ class Chain:
             states.read(lineage, states.base)  # which checks it
         patch, changed = states.overlay(lineage)
         mask = states.mask(patch, lineage)
-        known = states.known(without=[name for name in mask.index if mask.whole(name)])
+        known = states.known(without=mask.whole_tensors)
         if keep_base:
             parameters, buffers = states.read([], states.source)
             source = Target(parameters, layout, {})
-            before = {n: source.read(n, None if mask.whole(n) else mask.indices[n]) for n in mask.index}
+            before = {name: source.read(name, mask.at(name)) for name in mask.index}
             known = Base(known.digest, before, {n: b.clone() for n, b in buffers.items()}, known.tensors)
         values = {
             n: patch[n][1] if n in patch else torch.empty(0, dtype=layout.parameters[n][0]) for n in mask.index

@@ -150,7 +150,7 @@ class Delta:
     @cached_property
     def whole(self) -> list[str]:
         """Names of the tensors that the mask covers whole."""
-        return [name for name in self.mask.index if self.mask.whole(name)]
+        return self.mask.whole_tensors
 
     @property
     def nbytes(self) -> int:
@@ -216,13 +216,16 @@ class Delta:
         """
         swap.swap_(model, a, b)
 
-    def norms(self) -> dict[str, float]:
+    def norms(self, before: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """Measure the change of each tensor that has coordinates: ‖trained - base‖₂, summed in float64.
 
+        Args:
+            before: name -> the base's values at the mask [count]; None takes those that the delta keeps.
+
         Returns:
-            name -> norm; empty where the delta keeps no base values.
+            name -> norm, where the base's values are known.
         """
-        base = self.known.values or {}
+        base = before if before is not None else self.known.values or {}
         changes = {n: self.values[n].double() - v.double() for n, v in base.items() if v.numel()}
         return {n: float(change.norm()) for n, change in changes.items()}
 
@@ -278,7 +281,7 @@ class Delta:
         Returns:
             int64 [count]; None for all of them.
         """
-        return None if self.mask.whole(name) else self.mask.indices[name]
+        return self.mask.at(name)
 
     def undo_for(self, target: Target) -> Undo | None:
         """Find what was overwritten on this very model, else what the delta keeps of its base.

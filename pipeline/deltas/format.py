@@ -27,9 +27,8 @@ from torch import Tensor
 from pipeline.deltas import thin
 from pipeline.deltas import values as coding
 from pipeline.deltas.base import SHORT, Base
+from pipeline.deltas.metadata import DTYPE_OF, of_type, shape_of, sound
 from pipeline.deltas.target import Layout, dtype_name
-from pipeline.errors import ArtifactError, FishmaskError
-from pipeline.files import DTYPES
 from pipeline.masks import codec
 from pipeline.masks.mask import Mask
 from pipeline.parameters import Shape
@@ -44,7 +43,6 @@ Sections = Mapping[str, Tensor]
 Form = tuple[torch.dtype, Shape]
 Coded = dict[str, tuple[str, Tensor]]  # section -> coder and content
 T = TypeVar("T")
-_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 _SECTION = 300  # bytes of header that one more section costs
 
 
@@ -135,14 +133,14 @@ def decode(make: Callable[..., T], where: str, meta: Mapping[str, Any], sections
     Raises:
         ValueError: if counts, dtypes or digests disagree, or a section is missing, unknown or of another coder.
     """
-    own = {name: (_of_type(str, coder), sections[name]) for name, coder in _of_type(dict, meta["coders"]).items()}
+    own = {name: (of_type(str, coder), sections[name]) for name, coder in of_type(dict, meta["coders"]).items()}
     packed = {name: section for name, section in sections.items() if name not in own}
     mask = Mask.unpack(packed, where, meta["mask"]["info"])
     if mask.digest != meta["mask"]["digest"] or set(packed) != {codec.TABLE, codec.BODY}:
         raise ValueError("its mask is not the one that the metadata names")
     layout, buffers = _layout(mask, meta), _forms(meta["buffers"])
     counts: dict[str, Form] = {name: (layout.parameters[name][0], (mask.count(name),)) for name in mask.index}
-    against, kept = _of_type(str, meta["against"]), _of_type(bool, meta["keeps_base"])
+    against, kept = of_type(str, meta["against"]), of_type(bool, meta["keeps_base"])
     rows = {}
     if against != NOTHING:
         for dtype, names in thin.names_of(mask, layout, against in (KEPT, ALL)).items():
@@ -155,12 +153,12 @@ def decode(make: Callable[..., T], where: str, meta: Mapping[str, Any], sections
     held = _unpacked("buffers", buffers, own)
     base_values = _unpacked("base.values", counts, own) if kept else None
     base_buffers = _unpacked("base.buffers", buffers, own) if kept else {}
-    known = Base(_of_type(str, meta["base"]), base_values, base_buffers, _tensor_digests(layout, own))
+    known = Base(of_type(str, meta["base"]), base_values, base_buffers, _tensor_digests(layout, own))
     if own:
         raise ValueError(f"section '{next(iter(own))}' is unknown")
-    content = thin.Thin(where, _of_type(str, meta["digest"]), against == ALL, ready, rows)
+    content = thin.Thin(where, of_type(str, meta["digest"]), against == ALL, ready, rows)
     values = content if rows and base_values is None else content.decode(mask, base_values or {})
-    delta = make(mask, values, held, known, layout, _of_type(dict, meta["info"]))
+    delta = make(mask, values, held, known, layout, of_type(dict, meta["info"]))
     if getattr(delta, "digest", None) != content.digest:
         raise ValueError("the content does not have the digest that the file states")
     return delta
@@ -174,31 +172,26 @@ def checked(path: str | PathLike[str], make: Callable[..., T], meta: Mapping[str
 
     Raises:
         ArtifactError: if the file is no sound delta.
-    """
-    try:
+    """  # noqa: DOC502 - raised by sound
+    with sound(path, "delta", "make the delta again"):
         return decode(make, str(path), meta, sections)
-    except ArtifactError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, FishmaskError) as error:
-        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise ArtifactError(f"{path}: is no sound delta: {reason}; make the delta again") from None
 
 
 def _layout(mask: Mask, meta: Mapping[str, Any]) -> Layout:
-    common, others = _DTYPES[meta["dtype"]], _of_type(dict, meta["dtypes"])
-    frozen = {name: _shape(shape) for name, shape in _of_type(dict, meta["frozen"]).items()}
+    common, others = DTYPE_OF[meta["dtype"]], of_type(dict, meta["dtypes"])
+    frozen = {name: shape_of(shape) for name, shape in of_type(dict, meta["frozen"]).items()}
     shapes = {**mask.index.shapes, **frozen}
     if len(shapes) != len(mask.index) + len(frozen) or not set(others) <= set(shapes):
         raise ValueError("names of frozen tensors or of dtypes do not fit the mask")
-    dtypes = {name: _DTYPES[others[name]] if name in others else common for name in shapes}
-    ties = {str(alias): _of_type(str, name) for alias, name in _of_type(dict, meta["ties"]).items()}
+    dtypes = {name: DTYPE_OF[others[name]] if name in others else common for name in shapes}
+    ties = {str(alias): of_type(str, name) for alias, name in of_type(dict, meta["ties"]).items()}
     if not set(ties.values()) <= set(shapes) or set(ties) & set(shapes):
         raise ValueError("ties name tensors that are not there")
     return Layout({name: (dtypes[name], shapes[name]) for name in shapes}, ties)
 
 
 def _forms(buffers: Any) -> dict[str, Form]:
-    return {n: (_DTYPES[form[0]], _shape(form[1])) for n, form in sorted(_of_type(dict, buffers).items())}
+    return {n: (DTYPE_OF[form[0]], shape_of(form[1])) for n, form in sorted(of_type(dict, buffers).items())}
 
 
 def _bytes(sections: Coded) -> int:
@@ -248,16 +241,3 @@ def _tensor_digests(layout: Layout, sections: Coded) -> dict[str, str]:
     ):
         raise ValueError("section 'base.tensors' does not fit the tensors")
     return {n: bytes(row).hex() for n, row in zip(sorted(layout.parameters), table.tolist(), strict=True)}
-
-
-def _of_type(kind: type[T], value: Any) -> T:
-    if type(value) is not kind:
-        raise TypeError(f"a {kind.__name__} is expected where the metadata has {type(value).__name__}")
-    return value
-
-
-def _shape(value: Any) -> Shape:
-    shape = tuple(_of_type(int, size) for size in _of_type(list, value))
-    if any(size < 0 for size in shape):
-        raise ValueError(f"{list(shape)} is no shape")
-    return shape

@@ -12,13 +12,12 @@ against another step's: any is read by itself. The files alone are the chain: no
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,21 +25,20 @@ from torch import Tensor
 from pipeline import files
 from pipeline.deltas import thin
 from pipeline.deltas import values as coding
+from pipeline.deltas.metadata import DTYPE_OF, of_type, shape_of, sound
 from pipeline.deltas.overlay import Patch
 from pipeline.deltas.target import Layout, Target, dtype_name
-from pipeline.errors import ArtifactError, FishmaskError
-from pipeline.files import DTYPES
 from pipeline.masks.mask import Mask
 from pipeline.parameters import Shape, digest_of_digests
 
 BASE, STEP, VERSION = "fishmask-chain-base", "fishmask-chain-step", 1
 BASE_FILE = "base.safetensors"
+PARTS = ("coordinates", "values", "buffers", "header")  # what the bytes of a step are made of
 STEP_FILE = re.compile(r"step-(\d{6,18})\.safetensors")
 MASK_FILE = re.compile(r"mask-[0-9a-f]{16}\.safetensors")
 LEFTOVER = re.compile(r"\.(base|step-\d+|mask-[0-9a-f]+)\.safetensors\.[0-9a-f]{12}\.tmp")  # of a killed writer
 Form = tuple[torch.dtype, Shape]
-T = TypeVar("T")
-_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
+_ADVICE = "bring back the file as it was written"
 
 
 @dataclass(frozen=True)
@@ -151,16 +149,16 @@ def read_base(path: Path) -> Root:
         The root of the chain. An ArtifactError if the file is no sound base.
     """  # noqa: DOC501 - it becomes that
     meta, sizes = files.read_header(path, format=BASE, version=VERSION)
-    with _sound(path, "base of a chain"):
+    with sound(path, "base of a chain", _ADVICE):
         parameters, buffers = _forms(meta["parameters"]), _forms(meta["buffers"])
-        digests = {n: _of_type(str, d) for n, d in _of_type(dict, meta["digests"]).items()}
-        ties = {alias: _of_type(str, n) for alias, n in _of_type(dict, meta["ties"]).items()}
-        keeps = _of_type(bool, meta["keeps_values"])
+        digests = {n: of_type(str, d) for n, d in of_type(dict, meta["digests"]).items()}
+        ties = {alias: of_type(str, n) for alias, n in of_type(dict, meta["ties"]).items()}
+        keeps = of_type(bool, meta["keeps_values"])
         if set(digests) != {*parameters, *buffers} or not set(ties.values()) <= set(parameters):
             raise ValueError("its digests or ties name other tensors than it has")
         if set(sizes) != {*(parameters if keeps else ()), *buffers}:
             raise ValueError("its sections are not the tensors that it names")
-        info = _of_type(dict, meta["info"])
+        info = of_type(dict, meta["info"])
     return Root(Layout(parameters, ties), buffers, digests, keeps, info, path.stat().st_size)
 
 
@@ -224,10 +222,10 @@ def read_step(path: Path) -> Step:
         The step, without the bytes of its coordinates. An ArtifactError if the file is no sound step.
     """  # noqa: DOC501 - it becomes that
     meta, sizes = files.read_header(path, format=STEP, version=VERSION)
-    with _sound(path, "step of a chain"):
-        number, after, count = (_of_type(int, meta[key]) for key in ("number", "after", "count"))
-        parent, state, mask = (_of_type(str, meta[key]) for key in ("parent", "state", "mask"))
-        buffers = [_of_type(str, name) for name in _of_type(list, meta["buffers"])]
+    with sound(path, "step of a chain", _ADVICE):
+        number, after, count = (of_type(int, meta[key]) for key in ("number", "after", "count"))
+        parent, state, mask = (of_type(str, meta[key]) for key in ("parent", "state", "mask"))
+        buffers = [of_type(str, name) for name in of_type(list, meta["buffers"])]
         if number != number_of(path.name) or not 0 <= after < number:
             raise ValueError(f"it is step {number} after step {after} by content")
         nbytes = {
@@ -235,7 +233,7 @@ def read_step(path: Path) -> Step:
             for kind in ("values", "buffers")
         }
         header = path.stat().st_size - sum(nbytes.values())
-        info = _of_type(dict, meta["info"])
+        info = of_type(dict, meta["info"])
     return Step(number, after, parent, state, mask, count, buffers, info, nbytes | {"header": header})
 
 
@@ -256,13 +254,13 @@ def read_content(
         was.
     """  # noqa: DOC501 - it becomes that
     meta, own = files.read_file(path, format=STEP, version=VERSION)
-    with _sound(path, "step of a chain"):
+    with sound(path, "step of a chain", _ADVICE):
         if (meta["state"], meta["mask"], meta["buffers"]) != (step.state, step.mask, step.buffers):
             raise ValueError("it was replaced by another step since the chain was opened")
         for name, shape in mask.index.shapes.items():
             if root.layout.parameters[name][1] != shape:
                 raise ValueError(f"tensor '{name}' is {list(shape)} in its mask")
-        coders = _of_type(dict, meta["coders"])
+        coders = of_type(dict, meta["coders"])
         if set(coders) != set(own):
             raise ValueError("its sections are not those that it names")
         patch: Patch = {}
@@ -291,7 +289,7 @@ def read_content(
 
 def _before(base: Target, mask: Mask, names: Iterable[str]) -> Tensor:
     """The base's values at the mask, of tensors of one dtype."""
-    return torch.cat([base.read(name, None if mask.whole(name) else mask.indices[name]) for name in names])
+    return torch.cat([base.read(name, mask.at(name)) for name in names])
 
 
 def _by_dtype(dtypes: Mapping[str, torch.dtype]) -> dict[torch.dtype, list[str]]:
@@ -304,34 +302,7 @@ def _by_dtype(dtypes: Mapping[str, torch.dtype]) -> dict[torch.dtype, list[str]]
 
 def _forms(rows: Any) -> dict[str, Form]:
     """Read a table of tensors: name, dtype, shape."""
-    forms = {_of_type(str, name): (_DTYPES[dtype], _shape(shape)) for name, dtype, shape in rows}
+    forms = {of_type(str, name): (DTYPE_OF[dtype], shape_of(shape)) for name, dtype, shape in rows}
     if len(forms) != len(rows):
         raise ValueError("a tensor is named twice")
     return forms
-
-
-def _shape(value: Any) -> Shape:
-    shape = tuple(_of_type(int, size) for size in _of_type(list, value))
-    if any(size < 0 for size in shape):
-        raise ValueError(f"{list(shape)} is no shape")
-    return shape
-
-
-def _of_type(kind: type[T], value: Any) -> T:
-    if type(value) is not kind:
-        raise TypeError(f"a {kind.__name__} is expected where the metadata has {type(value).__name__}")
-    return value
-
-
-@contextmanager
-def _sound(path: Path, what: str) -> Iterator[None]:
-    """Blame the file for metadata that does not fit."""
-    try:
-        yield
-    except ArtifactError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, FishmaskError) as error:
-        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise ArtifactError(
-            f"{path}: is no sound {what}: {reason}; bring back the file as it was written"
-        ) from None

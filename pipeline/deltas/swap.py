@@ -113,7 +113,7 @@ def _unions_of(first: Mask, second: Mask) -> dict[str, Union]:
 
 
 def _unite(first: Mask, second: Mask, name: str) -> Union:
-    one, two = (None if mask.whole(name) else mask.indices[name] for mask in (first, second))
+    one, two = first.at(name), second.at(name)
     if one is None or two is None:
         return Union(None, one, two, two is None)
     joined = np.sort(np.concatenate([one.numpy(), two.numpy()]), kind="stable")  # merges two sorted runs

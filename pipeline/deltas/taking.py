@@ -28,8 +28,7 @@ def parts_of(
     fitting_parameters(model, mask)
     trained = Target(model, Layout.of(model), persistent_buffers(model))
     layout, buffers = trained.layout, trained.copied_buffers()
-    at = {name: None if mask.whole(name) else mask.indices[name] for name in mask.index}
-    values = {name: trained.read(name, at[name]) for name in mask.index}
+    values = {name: trained.read(name, mask.at(name)) for name in mask.index}
     if isinstance(base, str):
         known = Base(base)
     elif isinstance(base, Base):
@@ -38,9 +37,11 @@ def parts_of(
         source = Target(base, layout, buffers if keep_base else {})
         known = Base.seen(source, mask, source.digests())
         for name, tensor in source.parameters.items():
-            whole = name in at and at[name] is None
+            chosen = name in mask.index
+            if chosen and mask.whole(name):
+                continue
             before = (known.values or {}).get(name)
-            if not whole and not same_bits(trained.changed(name, at.get(name), before), tensor):
+            if not same_bits(trained.changed(name, mask.at(name) if chosen else None, before), tensor):
                 raise MismatchError(
                     f"tensor '{name}' of the trained model differs from the base outside the mask; "
                     "give the base and the mask that it was trained with"
@@ -71,7 +72,7 @@ def seen_base(
         MismatchError: if it is not the delta's base.
         ParamsError: if it holds no values.
     """
-    whole = [name for name in mask.index if mask.whole(name)]
+    whole = mask.whole_tensors
     if isinstance(base, Base):
         if base.digest != known.digest:
             raise MismatchError(

@@ -124,10 +124,7 @@ def places(mask: Mask, names: list[str]) -> list[Place]:
     Returns:
         A place per name.
     """
-    return [
-        Place(mask.index.shapes[name], None if mask.whole(name) else mask.indices[name], mask.count(name))
-        for name in names
-    ]
+    return [Place(mask.index.shapes[name], mask.at(name), mask.count(name)) for name in names]
 
 
 def names_of(mask: Mask, layout: Layout, every: bool) -> dict[torch.dtype, list[str]]:

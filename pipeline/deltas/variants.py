@@ -8,6 +8,7 @@ from torch import nn
 from pipeline.deltas import swap
 from pipeline.deltas.base import Base, Undo
 from pipeline.deltas.delta import Delta
+from pipeline.deltas.origin import decode_
 from pipeline.deltas.target import Layout, Target, persistent_buffers
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.masks.mask import Mask
@@ -46,7 +47,7 @@ class Variants:
                 raise MismatchError(f"delta '{name}' is of another model: it lacks a tensor or buffer of this one")
             if not delta.known.is_of(digests, delta.whole):
                 raise MismatchError(f"delta '{name}': {delta.known.difference(digests, delta.whole)}")
-            delta.fill_({n: target.read(n, delta.at(n)) for n in delta.mask.index} if delta.thin else None)
+            decode_(delta, target.read)
         index = ParameterIndex({n: shape for n, (_, shape) in base.layout.parameters.items()})
         nothing = {name: torch.empty(0, dtype=base.layout.parameters[name][0]) for name in index}
         known, buffers = Base(digest_of_digests(digests)), base.copied_buffers()

@@ -23,7 +23,7 @@ from pipeline.distributed.local_sgd import LocalSGD
 from pipeline.errors import DivergedError, ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.training.masked import MaskedParameters
-from pipeline.training.resume import random_state, set_random_state
+from pipeline.training.resume import undisturbed
 
 _REPORTS = 4  # evaluations per epoch at most: one costs as much as many local steps
 
@@ -228,12 +228,9 @@ class Rounds:
     def _renew(self) -> None:
         """Choose masks on the merged model; on all ranks, at the same merge."""
         assert self._choose is not None
-        place = self._masked.values.device
-        before, model = random_state(place), self._masked.model
-        with self._masked.suspended():
+        model, place = self._masked.model, self._masked.values.device
+        with self._masked.suspended(), undisturbed(model, place):
             mask = self._choose(model, self._choices)
-        model.train()
-        set_random_state(before, place)
         self._choices, self._since = self._choices + 1, 0
         self._remask(mask)
         self.touched = self.touched | (self._masked.mask if self.sync is None else self.sync.union)
@@ -246,16 +243,9 @@ class Rounds:
             self.sync.remask_(mask, own_masks=self._course.own_masks and bool(self._choices))
 
     def _evaluated(self, evaluate: Callable[[nn.Module], Mapping[str, float]]) -> dict[str, float]:
-        """Evaluate, and leave no trace in what follows."""
-        model, place = self._masked.model, self._masked.values.device
-        before = random_state(place)
-        model.eval()
-        try:
-            with torch.no_grad():
-                return {name: float(value) for name, value in evaluate(model).items()}
-        finally:
-            model.train()
-            set_random_state(before, place)
+        model = self._masked.model
+        with undisturbed(model, self._masked.values.device), torch.no_grad():
+            return {name: float(value) for name, value in evaluate(model).items()}
 
     def _parted(self, what: str) -> None:
         self._all_know = True

@@ -151,6 +151,19 @@ class Mask:
         """
         return self.count(name) == self.index.numel(name)
 
+    def at(self, name: str) -> Tensor | None:
+        """Find the coordinates of tensor ``name``, those of a wholly chosen one not made.
+
+        Returns:
+            int64 [count] on the CPU; None for all.
+        """
+        return None if self.whole(name) else self.indices[name]
+
+    @property
+    def whole_tensors(self) -> list[str]:
+        """The names of the tensors that are wholly chosen, in flat order."""
+        return [name for name in self.index if self.whole(name)]
+
     @cached_property
     def nnz(self) -> int:
         """How many coordinates are chosen."""

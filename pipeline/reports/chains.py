@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.reports.statistics import mean, spread
+from pipeline.reports.statistics import Scored, mean
 
 PARTS = ("coordinates", "values", "buffers", "header")
 
 
 @dataclass(frozen=True)
-class ChainCell:
+class ChainCell(Scored):
     """One (task, method, setting) of the checkpoint stage; bytes are means over all checkpoints of all seeds.
 
     Attributes:
@@ -46,21 +46,6 @@ class ChainCell:
     parts: Mapping[str, float]
     dense_bytes: float | None
     epochs: Mapping[int, Sequence[Mapping[str, Any]]]
-
-    @property
-    def values(self) -> list[float]:
-        """The scores there are, in the order of the seeds."""
-        return [score for score in self.scores.values() if score is not None]
-
-    @property
-    def mean(self) -> float | None:
-        """Mean score over the seeds that have one."""
-        return mean(self.values)
-
-    @property
-    def spread(self) -> float | None:
-        """Sample standard deviation over the same seeds; None for fewer than two."""
-        return spread(self.values)
 
     @property
     def checkpoint_bytes(self) -> float | None:

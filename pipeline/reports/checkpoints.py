@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.reports.chains import ChainCell
-from pipeline.reports.figures import Figure, _drawing, _finish, _style
+from pipeline.reports.figures import Figure, drawing, finish, style
 from pipeline.reports.results import Results, method_order
 from pipeline.reports.table import MISSING, Entry, Table, metric_title, percent, scale_of, score_text, size
 from pipeline.reports.tables import data_text
@@ -58,14 +58,14 @@ def decay_figure(results: Results) -> Figure | None:
     if not pairs:
         return None
     said = []
-    with _drawing(len(pairs), 5.4, 3.6) as (figure, axes):
+    with drawing(len(pairs), 5.4, 3.6) as (figure, axes):
         for (task, cells), ax in zip(pairs.items(), axes, strict=True):
             for cell in cells:
                 points = cell.decay()
                 if not points:
                     continue
                 scale, scope = scale_of(cell.metric), "every weight" if cell.leak else "the mask only"
-                colour, marker = _style("random" if cell.leak else cell.method)
+                colour, marker = style("random" if cell.leak else cell.method)
                 x, y = [norm for norm, _ in points], [score * scale for _, score in points]
                 label = f"{cell.method} {percent(cell.density)}, decay on {scope}"
                 ax.plot(x, y, color=colour, marker=marker, linewidth=1.4, markersize=5, label=label)
@@ -79,7 +79,7 @@ def decay_figure(results: Results) -> Figure | None:
             ax.set_title(task)
             ax.legend(loc="best", fontsize=9)
         title = "Frozen-weight decay against score after each epoch (numbers: epochs; means over seeds)"
-        return _finish(figure, "decay", title, "; ".join(said) + ".")
+        return finish(figure, "decay", title, "; ".join(said) + ".")
 
 
 def _ordered(results: Results) -> list[ChainCell]:

@@ -73,7 +73,18 @@ class Figure:
 
 
 @contextmanager
-def _drawing(panels: int, width: float, height: float, **options: Any) -> Iterator[tuple["Drawing", list["Axes"]]]:
+def drawing(panels: int, width: float, height: float, **options: Any) -> Iterator[tuple["Drawing", list["Axes"]]]:
+    """Make an empty drawing in our own style.
+
+    Args:
+        panels: how many; at most three stand in a row.
+        width: of a panel, in inches.
+        height: likewise.
+        options: of each panel, as ``add_subplot`` takes them.
+
+    Yields:
+        The figure and its panels.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Drawing
@@ -89,8 +100,12 @@ def _drawing(panels: int, width: float, height: float, **options: Any) -> Iterat
         yield figure, axes
 
 
-def _finish(figure: "Drawing", name: str, title: str, description: str) -> Figure:
-    """Write the svg without date and creator, with its title and description, scaling with the page."""
+def finish(figure: "Drawing", name: str, title: str, description: str) -> Figure:
+    """Write the svg without date and creator, with its title and description, scaling with the page.
+
+    Returns:
+        The figure.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
@@ -105,8 +120,12 @@ def _finish(figure: "Drawing", name: str, title: str, description: str) -> Figur
     return Figure(name, title, description, f"{head.replace('<svg ', '<svg ' + named, 1)}>\n {words}{tail}")
 
 
-def _style(method: str) -> tuple[str, str]:
-    """Colour and marker; a method without one of its own gets one by its name."""
+def style(method: str) -> tuple[str, str]:
+    """Choose colour and marker; a method without one of its own gets one by its name.
+
+    Returns:
+        Both, as matplotlib takes them.
+    """
     return _STYLES.get(method, (_COLOURS[sum(method.encode()) % len(_COLOURS)], "*"))
 
 
@@ -116,7 +135,7 @@ def methods_figure(results: Results) -> Figure | None:
     if not tasks:
         return None
     title = "Score of each method, main setting; bars: one standard deviation over seeds, dots: single seeds"
-    with _drawing(len(tasks), 4.2, 0.7 + 0.36 * len(results.methods)) as (figure, axes):
+    with drawing(len(tasks), 4.2, 0.7 + 0.36 * len(results.methods)) as (figure, axes):
         for task, ax in zip(tasks, axes, strict=True):
             for row, method in enumerate(results.methods):
                 cell = results.main(task, method)
@@ -125,7 +144,7 @@ def methods_figure(results: Results) -> Figure | None:
                         "no score", (0.5, row), xycoords=ax.get_yaxis_transform(), ha="center", va="center"
                     )
                     continue
-                colour, marker = _style(method)
+                colour, marker = style(method)
                 scale = scale_of(cell.metric)
                 values = [value * scale for value in cell.values]
                 ax.plot(values, [row + 0.22] * len(values), ".", color=colour, markersize=4, alpha=0.7)
@@ -145,7 +164,7 @@ def methods_figure(results: Results) -> Figure | None:
             )
             for task in tasks
         ]
-        return _finish(figure, "methods", title, "; ".join(said) + ".")
+        return finish(figure, "methods", title, "; ".join(said) + ".")
 
 
 def sweep_figure(results: Results, axis: str) -> Figure | None:
@@ -167,12 +186,12 @@ def sweep_figure(results: Results, axis: str) -> Figure | None:
         return None
     name = "density" if axis == "density" else "scored examples"
     said = []
-    with _drawing(len(lines), 4.6, 3.2) as (figure, axes):
+    with drawing(len(lines), 4.6, 3.2) as (figure, axes):
         for (task, methods), ax in zip(lines.items(), axes, strict=True):
             dense = results.main(task, "dense")
             if dense is not None and dense.mean is not None:
                 scale, deviation = scale_of(dense.metric), dense.spread or 0.0
-                colour = _style("dense")[0]
+                colour = style("dense")[0]
                 ax.axhspan(
                     (dense.mean - deviation) * scale, (dense.mean + deviation) * scale, color=colour, alpha=0.15
                 )
@@ -182,7 +201,7 @@ def sweep_figure(results: Results, axis: str) -> Figure | None:
             ticks: dict[float, str] = {}
             for method, cells in methods.items():
                 kept = [cell for cell in cells if cell.mean is not None]
-                colour, marker = _style(method)
+                colour, marker = style(method)
                 scale = scale_of(cells[0].metric)
                 x = [getattr(cell, axis) for cell in kept]
                 y, bars = ([(getattr(c, part) or 0.0) * scale for c in kept] for part in ("mean", "spread"))
@@ -200,7 +219,7 @@ def sweep_figure(results: Results, axis: str) -> Figure | None:
             ax.set_title(task)
             ax.legend(loc="best", fontsize=9)
         title = f"Score against {name}; bars and band: one standard deviation over seeds"
-        return _finish(figure, f"sweep-{axis}", title, "; ".join(said) + ".")
+        return finish(figure, f"sweep-{axis}", title, "; ".join(said) + ".")
 
 
 def layout_figure(results: Results, task: str) -> Figure | None:
@@ -228,7 +247,7 @@ def layout_figure(results: Results, task: str) -> Figure | None:
     groups = list(sizes)
     rows = [("all parameters", sizes), *((mask.method, _grouped(mask.chosen)) for mask in masks)]
     shares = [[100 * counts.get(g, 0.0) / (sum(counts.values()) or 1.0) for g in groups] for _, counts in rows]
-    with _drawing(1, 1.6 + 0.52 * len(groups), 1.5 + 0.34 * len(rows)) as (figure, (ax,)):
+    with drawing(1, 1.6 + 0.52 * len(groups), 1.5 + 0.34 * len(rows)) as (figure, (ax,)):
         # A square root spreads the small shares, where most layers lie.
         ax.imshow([[share**0.5 for share in row] for row in shares], cmap="Blues", vmin=0, vmax=10, aspect="auto")
         for y, row in enumerate(shares):
@@ -256,7 +275,7 @@ def layout_figure(results: Results, task: str) -> Figure | None:
             for (label, _), row in zip(rows, shares, strict=True)
             if (top := sorted(zip(row, groups, strict=True), reverse=True)[:3])
         )
-        return _finish(figure, f"layout-{task}", f"Where the coordinates of each mask lie, {task}", said + ".")
+        return finish(figure, f"layout-{task}", f"Where the coordinates of each mask lie, {task}", said + ".")
 
 
 def _grouped(counts: Mapping[str, float]) -> dict[str, float]:
@@ -278,14 +297,14 @@ def curves_figure(results: Results) -> Figure | None:
     from matplotlib.ticker import MaxNLocator
 
     said = []
-    with _drawing(len(tasks), 4.6, 3.2) as (figure, axes):
+    with drawing(len(tasks), 4.6, 3.2) as (figure, axes):
         for task, ax in zip(tasks, axes, strict=True):
             for method in results.methods:
                 cell = results.main(task, method)
                 points = _curve(cell) if cell else []
                 if cell is None or not points:
                     continue
-                colour, marker = _style(method)
+                colour, marker = style(method)
                 scale = scale_of(cell.metric)
                 epochs = [epoch for epoch, _ in points]
                 means = [(mean(values) or 0.0) * scale for _, values in points]
@@ -305,7 +324,7 @@ def curves_figure(results: Results) -> Figure | None:
         ordered = sorted(shown, key=method_order)
         figure.legend([shown[label] for label in ordered], ordered, loc="outside right center", fontsize=9)
         title = "Validation score by epoch, main setting; mean and one standard deviation over seeds"
-        return _finish(figure, "curves", title, "; ".join(said) + ".")
+        return finish(figure, "curves", title, "; ".join(said) + ".")
 
 
 def _curve(cell: Cell) -> list[tuple[int, list[float]]]:

@@ -5,22 +5,24 @@ Differences between methods are paired by seed: both share the seed's head, exam
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import DataError
 from pipeline.reports.chains import ChainCell, chain_cell
-from pipeline.reports.statistics import bootstrap_interval, mean, paired_p, spread
+from pipeline.reports.statistics import Scored, bootstrap_interval, mean, paired_p
 
 MIN_SEEDS = 3  # fewer never tell two methods apart, whatever their differences
 _METHODS = ("dense", "fish", "random", "bitfit", "magnitude", "head")
 _AS_THEY_ARE = ("fetch", "score")
+Name = tuple[str, str, str]  # task, method, setting
+Record = TypeVar("Record", "Cell", "MaskRecord", ChainCell)
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Scored):
     """One (task, method, setting) after training.
 
     Attributes:
@@ -56,21 +58,6 @@ class Cell:
     delta_bytes: float | None
     dense_bytes: float | None
     curves: Mapping[int, Sequence[Mapping[str, Any]]]
-
-    @property
-    def values(self) -> list[float]:
-        """The finite scores, in the order of the seeds."""
-        return [score for score in self.scores.values() if score is not None]
-
-    @property
-    def mean(self) -> float | None:
-        """Mean score over the seeds that have one."""
-        return mean(self.values)
-
-    @property
-    def spread(self) -> float | None:
-        """Sample standard deviation over the same seeds; None for fewer than two."""
-        return spread(self.values)
 
 
 @dataclass(frozen=True)
@@ -268,39 +255,34 @@ def load_results(
 
     Raises:
         DataError: if a file is no JSON or lacks a key; names both.
-    """
-    masks: dict[tuple[str, str, str], MaskRecord] = {}
-    cells: dict[tuple[str, str, str], Cell] = {}
-    for file, content in _documents(metrics, "mask"):
-        try:
-            mask = _mask(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{file}: not the metrics of a mask: {_cause(error)}; run its stage again") from None
-        if only is None or (mask.task, mask.method, mask.setting) in only:
-            masks[mask.task, mask.method, mask.setting] = mask
-    for file, content in _documents(metrics, "train"):
-        try:
-            cell = _cell(content, masks)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"{file}: not the metrics of a training: {_cause(error)}; run its stage again"
-            ) from None
-        if only is None or (cell.task, cell.method, cell.setting) in only:
-            cells[cell.task, cell.method, cell.setting] = cell
-    found: dict[tuple[str, str, str], ChainCell] = {}
-    for file, content in _documents(metrics, "checkpoint"):
-        try:
-            chain = chain_cell(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"{file}: not the metrics of a chain of checkpoints: {_cause(error)}; run its stage again"
-            ) from None
-        if chains is None or (chain.task, chain.method, chain.setting) in chains:
-            found[chain.task, chain.method, chain.setting] = chain
+    """  # noqa: DOC502 - raised by what it calls
+    masks = _records(metrics, "mask", "a mask", _mask, only)
+    cells = _records(metrics, "train", "a training", lambda content: _cell(content, masks), only)
+    found = _records(metrics, "checkpoint", "a chain of checkpoints", chain_cell, chains)
     records = {
         stage: {file.stem: content for file, content in _documents(metrics, stage)} for stage in _AS_THEY_ARE
     }
     return Results(cells, masks, records, found)
+
+
+def _records(
+    metrics: Path,
+    stage: str,
+    what: str,
+    parse: Callable[[dict[str, Any]], Record],
+    only: Collection[Name] | None,
+) -> dict[Name, Record]:
+    """Parse the metrics files of a stage: (task, method, setting) -> what each says."""
+    records = {}
+    for file, content in _documents(metrics, stage):
+        try:
+            record = parse(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{file}: not the metrics of {what}: {_cause(error)}; run its stage again") from None
+        name = (record.task, record.method, record.setting)
+        if only is None or name in only:
+            records[name] = record
+    return records
 
 
 def _documents(metrics: Path, stage: str) -> Iterable[tuple[Path, dict[str, Any]]]:

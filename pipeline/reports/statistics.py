@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -64,3 +64,28 @@ def paired_p(values: Sequence[float]) -> float | None:
     from scipy.stats import t  # a second to import, and most reports ask for it once
 
     return float(2 * t.sf(abs(centre) * math.sqrt(len(values)) / deviation, len(values) - 1))
+
+
+class Scored:
+    """What a cell's scores come to.
+
+    Attributes:
+        scores: seed -> score; None for a seed that diverged.
+    """
+
+    scores: Mapping[int, float | None]
+
+    @property
+    def values(self) -> list[float]:
+        """The scores there are, in the order of the seeds."""
+        return [score for score in self.scores.values() if score is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean score over the seeds that have one."""
+        return mean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation over the same seeds; None for fewer than two."""
+        return spread(self.values)

@@ -15,19 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.deltas.chain import Chain
-from pipeline.deltas.steps import BASE_FILE
+from pipeline.deltas.steps import BASE_FILE, PARTS
 from pipeline.deltas.target import same_bits
 from pipeline.errors import ArtifactError
-from pipeline.fisher import fisher_diagonal
 from pipeline.masks.mask import Mask
 from pipeline.params import ScoreParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.fitting import EVALUATION
+from pipeline.tasks.scoring import scores_for
 from pipeline.training.device import Device
-from pipeline.training.methods import mask_for, method_named
-
-PARTS = ("coordinates", "values", "buffers", "header")
-"""What a checkpoint's bytes are made of."""
+from pipeline.training.methods import mask_for
 
 
 @dataclass(frozen=True)
@@ -65,15 +62,11 @@ class Masks:
             The mask.
         """
         seed, score = _drawn(self.seed, epoch), self.score
-        scores, where = None, self.device.device
-        if method_named(self.method).needs_ranking:
-            batches = self.task.examples(
-                score.examples[-1], score.batch_size, seed=seed, split=self.split, device=where
-            )
-            scores = fisher_diagonal(model, batches, kind=score.kind, power=score.power)
-        mask = mask_for(
-            self.method, model, density=self.density, head=self.head, seed=seed, ranking=scores
+        scores = scores_for(
+            self.method, self.task, model, kind=score.kind, power=score.power, examples=score.examples[-1],
+            batch_size=score.batch_size, seed=seed, split=self.split,
         )  # fmt: skip
+        mask = mask_for(self.method, model, density=self.density, head=self.head, seed=seed, ranking=scores)
         mask.info |= {"task": self.task.name, "epoch": epoch}
         return mask
 

@@ -13,7 +13,6 @@ from pipeline.distributed.joint_resume import JointResume
 from pipeline.distributed.own_masks import interleaved, random_scores
 from pipeline.distributed.rounds import Course, Rounds
 from pipeline.errors import DivergedError, ParamsError
-from pipeline.fisher import fisher_diagonal
 from pipeline.masks.mask import Mask
 from pipeline.masks.select import dense
 from pipeline.parameters import ParameterIndex
@@ -21,6 +20,7 @@ from pipeline.progress import ProgressLine
 from pipeline.tasks.base import Task
 from pipeline.tasks.batches import Batches
 from pipeline.tasks.draws import Rows, permutation
+from pipeline.tasks.scoring import scores_for
 from pipeline.training.device import Device
 from pipeline.training.loop import FitResult, fit
 from pipeline.training.masked import MaskedParameters
@@ -39,7 +39,7 @@ class Sharing:
         method: of ``pipeline.training.methods``.
         density: updated / all parameters of one worker's mask.
         head: module names.
-        score: keyword arguments of ``fisher_diagonal``, with ``examples`` and ``batch_size``.
+        score: ``kind``, ``power``, ``examples`` and ``batch_size`` of ``scores_for``.
         every, average, renew, own_masks, outer, dtype: see ``pipeline.distributed.rounds.Course``.
         warmup: epochs that train everything before the masks are chosen.
         shard: each worker has a part of the training data; else all of it, in an order of its own.
@@ -175,13 +175,8 @@ def choose_mask(
     Returns:
         The mask.
     """
-    method, drawn = method_named(sharing.method), seed + number * 1_000_003
-    scores = None
-    if method.needs_ranking:
-        settings = dict(sharing.score)
-        where = next(model.parameters()).device
-        batches = task.examples(settings.pop("examples"), settings.pop("batch_size"), seed=drawn, device=where)
-        scores = fisher_diagonal(model, batches, **settings)
+    drawn = seed + number * 1_000_003
+    scores = scores_for(sharing.method, task, model, seed=drawn, **sharing.score)
     if not sharing.own_masks or world.size == 1:
         return mask_for(
             sharing.method, model, density=sharing.density, head=sharing.head, seed=drawn, ranking=scores

@@ -33,7 +33,7 @@ from pipeline.training.device import Device
 from pipeline.training.ledger import FitResult, Ledger, Progress
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.recipe import Recipe, make_optimizer
-from pipeline.training.resume import ResumeFile, random_state, set_random_state
+from pipeline.training.resume import ResumeFile, undisturbed
 from pipeline.training.schedule import Schedule, make_schedule
 from pipeline.training.signals import BreakIn, StopSignals
 from pipeline.training.sync import Sync
@@ -293,14 +293,8 @@ class _Run:
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """Let others use the model so that it leaves no trace in what follows; signals break in."""
-        state = random_state(self.place)
-        self.model.eval()
-        try:
-            with self.signals.at_rest():
-                yield
-        finally:
-            self.model.train()
-            set_random_state(state, self.place)
+        with undisturbed(self.model, self.place), self.signals.at_rest():
+            yield
 
     def _save(self) -> None:
         assert self.resume is not None

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -307,3 +308,23 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 def _signature(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (t.shape, t.dtype) for name, t in tensors.items()}
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let others use a model in training so that it leaves no trace in what follows.
+
+    Args:
+        model: in train mode, to which it returns.
+        device: whose random number generator counts, beside the CPU's.
+
+    Yields:
+        None, while the model is in eval mode.
+    """
+    state = random_state(device)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+        set_random_state(state, device)

@@ -1,7 +1,7 @@
 """Arithmetic over deltas: exact where it can be, against dense float64 oracles elsewhere; wrong bases refused."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from hashlib import blake2b
 from itertools import permutations
@@ -23,12 +23,7 @@ from pipeline.parameters import ParameterIndex, base_digest
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Network(nn.Module):

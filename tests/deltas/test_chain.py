@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 State = dict[str, bytes]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_seeded")
 
 
 class Net(nn.Module):
@@ -613,7 +607,9 @@ def test_a_chain_killed_again_and_again_is_always_sound(tmp_path: Path) -> None:
     base, folder, seen = Net(), tmp_path / "run", set()
     Chain.create(folder, base)
     model, expected, draw = copy.deepcopy(base), {0: bits(base)}, random.Random(1)
-    for _ in range(40):
+    for kill in range(400):
+        if kill >= 40 and len(seen) > 20:  # on a loaded machine a writer gets less far
+            break
         child = os.fork()
         if child == 0:
             try:
@@ -630,7 +626,7 @@ def test_a_chain_killed_again_and_again_is_always_sound(tmp_path: Path) -> None:
             expected[number] = bits(model)
         assert_restores(chain, base, {number: expected[number] for number in numbers})
         seen |= numbers
-    assert len(seen) > 2
+    assert len(seen) > 20
 
 
 def hostile(edit: Callable[[dict[str, Any], dict[str, Tensor]], None], path: Path, form: str) -> None:

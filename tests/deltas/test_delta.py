@@ -1,7 +1,6 @@
 """Delta: exact apply, revert and swap; a wrong base refused; all or nothing."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,13 +17,7 @@ from pipeline.parameters import ParameterIndex, base_digest
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_seeded")
 
 
 class SmallResNet(nn.Module):

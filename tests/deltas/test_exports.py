@@ -4,7 +4,6 @@ import copy
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +28,10 @@ INFO = {"kind": "text", "outputs": 3, "classes": ["a", "b", "c"], "seed": 4}
 HALF_ULP = 2.0**-24  # of a float32, relative
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's, of PEFT's tensors
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # torch's, of PEFT's tensors
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(scope="module")

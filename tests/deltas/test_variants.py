@@ -1,7 +1,6 @@
 """Variants: one base in memory, many deltas; bit-exact over many switches, all or nothing."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,7 @@ from pipeline.parameters import ParameterIndex
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def net(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:

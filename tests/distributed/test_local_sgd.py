@@ -17,13 +17,7 @@ from pipeline.training.masked import MaskedParameters
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES, OPTIMIZERS, Case, batch, build, local_step, mask_of, snapshot  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -24,12 +24,7 @@ EPOCHS, BATCHES = 4, 3
 STEPS = EPOCHS * BATCHES
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network() -> nn.Module:

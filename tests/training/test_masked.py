@@ -1,7 +1,7 @@
 """MaskedParameters: frozen is frozen, O(k), and the same θ as an independent oracle."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,14 +17,7 @@ from pipeline.parameters import ParameterIndex
 from pipeline.training import embeddings
 from pipeline.training.masked import MaskedParameters
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_seeded")
 
 
 class Block(nn.Module):
