@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("fisher", "masks", "deltas", "training", "tasks", "reports")
+FOLDERS = ("artifacts", "fisher", "masks", "deltas", "training", "distributed", "tasks", "reports")
 
 
 def imports(file: Path) -> list[str]:

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
+from pipeline.artifacts.exporting import FORMATS, export
 from pipeline.deltas import adapter, exports
 from pipeline.deltas.adapter import adapter_of
 from pipeline.deltas.delta import Delta
 from pipeline.errors import MismatchError, ModelError, ParamsError
-from pipeline.exporting import FORMATS, export
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex
 from pipeline.tasks.saved import load_model

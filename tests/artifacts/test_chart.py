@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import chart
+from pipeline.artifacts import chart
 
 NAMES = st.lists(st.sampled_from("abcde"), min_size=1, max_size=5).map(".".join)
 ROWS = st.lists(

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.artifacts.checkpoints import DTYPES, Checkpoint
 from pipeline.atomic import replace_file
 from pipeline.atomic_folder import replace_folder
-from pipeline.checkpoints import DTYPES, Checkpoint
 from pipeline.parameters import Shape, put_, tensor_bytes
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.application import apply, revert
+from pipeline.artifacts.application import apply, revert
+from pipeline.artifacts.difference import diff
 from pipeline.deltas.delta import Delta
-from pipeline.difference import diff
 from pipeline.errors import MismatchError, ParamsError
 
 DTYPES = [

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from os.path import relpath
 from pathlib import Path
 
-from pipeline import dvc_lock, files
-from pipeline.dvc_lock import Out
+from pipeline import files
+from pipeline.artifacts import dvc_lock
+from pipeline.artifacts.dvc_lock import Out
+from pipeline.artifacts.inspection import READERS
 from pipeline.errors import ArtifactError, ForeignError
-from pipeline.inspection import READERS
 from pipeline.progress import ProgressLine
 from pipeline.workspace import Workspace
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline import files
-from pipeline.application import Done, check_out, located
-from pipeline.checkpoints import Checkpoint
+from pipeline.artifacts.application import Done, check_out, located
+from pipeline.artifacts.checkpoints import Checkpoint
 from pipeline.deltas.base import SHORT, Base
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.target import Layout, dtype_name

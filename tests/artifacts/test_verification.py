@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import dvc_lock, verification
+from pipeline.artifacts import dvc_lock, verification
 from pipeline.errors import ArtifactError, ParamsError
 from pipeline.files import write_file
 from pipeline.masks.mask import Mask
@@ -290,7 +290,7 @@ def test_without_a_lock_the_artifacts_are_verified(folder, verify):
 
 def test_verifying_does_not_load_dvc_beyond_its_configuration(project):
     code = (
-        "import sys; from pathlib import Path; from pipeline import dvc_lock; r = Path('.').absolute()\n"
+        "import sys; from pathlib import Path; from pipeline.artifacts import dvc_lock; r = Path('.').absolute()\n"
         "dvc_lock.locked_outs(r); dvc_lock.cache_folder(r); print('dvc.repo' in sys.modules)"
     )
     assert project.run(sys.executable, "-c", code).stdout == "False\n"

@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pipeline.application import Done, check_out, located
-from pipeline.checkpoints import Checkpoint
+from pipeline.artifacts.application import Done, check_out, located
+from pipeline.artifacts.checkpoints import Checkpoint
+from pipeline.artifacts.streaming import Streamed
 from pipeline.deltas import algebra
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.overlap import overlap
 from pipeline.errors import ParamsError
-from pipeline.streaming import Streamed
 from pipeline.tasks.saved import load_model
 
 _SHOWN = 12  # tensors of the report's table, those that share most

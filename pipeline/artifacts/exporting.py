@@ -6,15 +6,15 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline import application
-from pipeline.application import Done, check_out, located
+from pipeline.artifacts import application
+from pipeline.artifacts.application import Done, check_out, located
+from pipeline.artifacts.checkpoints import Checkpoint
+from pipeline.artifacts.streaming import Streamed
 from pipeline.atomic_folder import replace_folder
-from pipeline.checkpoints import Checkpoint
 from pipeline.deltas import adapter, exports
 from pipeline.deltas.delta import Delta
 from pipeline.errors import ParamsError
 from pipeline.files import write_bytes, write_json
-from pipeline.streaming import Streamed
 from pipeline.tasks.saved import load_model
 
 FORMATS = ("dense", "peft", "git-theta", "vllm")

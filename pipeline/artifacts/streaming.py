@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints import Checkpoint
+from pipeline.artifacts.checkpoints import Checkpoint
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.target import dtype_name, same_bits
 from pipeline.errors import MismatchError

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline import cli, inspection
+from pipeline import cli
+from pipeline.artifacts import inspection
 from pipeline.deltas.chain import Chain
 from pipeline.deltas.delta import Delta
 from pipeline.errors import ArtifactError, MismatchError, ParamsError

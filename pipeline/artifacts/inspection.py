@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pipeline import application, chart
+from pipeline.artifacts import application, chart
 from pipeline.deltas.chain import Chain
 from pipeline.deltas.delta import Delta
 from pipeline.errors import ArtifactError, ParamsError

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline import rewriting
-from pipeline.application import apply, revert
-from pipeline.checkpoints import Checkpoint
+from pipeline.artifacts import rewriting
+from pipeline.artifacts.application import apply, revert
+from pipeline.artifacts.checkpoints import Checkpoint
 from pipeline.deltas.delta import Delta
 from pipeline.errors import MismatchError, ModelError, ParamsError, StorageError
 from pipeline.masks.mask import Mask
@@ -445,8 +445,8 @@ def test_a_failure_at_any_file_leaves_the_old_folder(tmp_path, monkeypatch, afte
 KILLED = """
 import os, sys
 from pathlib import Path
-from pipeline import rewriting
-from pipeline.application import apply
+from pipeline.artifacts import rewriting
+from pipeline.artifacts.application import apply
 
 write, count = rewriting.replace_file, 0
 
@@ -483,7 +483,7 @@ import resource, sys, threading, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from pipeline import application, difference
+from pipeline.artifacts import application, difference
 from pipeline.deltas.delta import Delta
 
 def resident():

@@ -1,0 +1,43 @@
+"""`fishmask profile list|show|use`: the profiles of params.yaml."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.options import AsJson
+
+app = typer.Typer(help="List, show or switch the profiles of params.yaml.", no_args_is_help=True)
+
+
+@app.command("list")
+def profile_list(as_json: AsJson = False) -> None:
+    """List the profiles; a star marks the one in use."""
+    from pipeline import project
+
+    names = project.profile_names()
+    current = project.current_profile()
+    if as_json:
+        print(json.dumps({"profiles": names, "current": current}))
+    else:
+        print("\n".join(f"{'*' if name == current else ' '} {name}" for name in names))
+
+
+@app.command("show")
+def profile_show(name: str) -> None:
+    """Print a profile."""
+    from pipeline import project
+
+    print(project.profile_text(name), end="")
+
+
+@app.command("use")
+def profile_use(
+    name: str,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that was edited.")] = False,
+) -> None:
+    """Make a profile the project's params.yaml."""
+    from pipeline import project
+
+    project.switch_profile(name, force=force)
+    print(f"params.yaml is now the '{name}' profile")
