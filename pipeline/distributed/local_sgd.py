@@ -27,10 +27,11 @@ from torch.optim import Optimizer
 
 from pipeline.distributed.buffers import Buffers
 from pipeline.distributed.collectives import Collectives
+from pipeline.distributed.joint_space import JointSpace
 from pipeline.errors import DivergedError, ParamsError
 from pipeline.masks.mask import Mask
-from pipeline.parameters import base_digest, digest_of_digests, put_, take, tensor_digest
-from pipeline.training.masked import MaskedParameters, fitting_parameters, staying
+from pipeline.parameters import base_digest, digest_of_digests, tensor_digest
+from pipeline.training.masked import MaskedParameters, staying
 
 AVERAGES = ("mean", "sum")
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -109,8 +110,8 @@ class LocalSGD:
         if self.size > 1:
             self._wire.agree("the model", base_digest(masked.model))
             self._wire.agree("the model's buffers", self._digest(buffers_only=True))
-        self._bind()
-        self._anchor = nn.Parameter(self._read())  # a: what all workers held at the last merge, [K]
+        self._space = self._joint_space()
+        self._anchor = nn.Parameter(self._space.read())  # a: what all workers held at the last merge, [K]
         self._residuals = {"values": torch.zeros_like(self._anchor.data)} if dtype == torch.bfloat16 else {}
         self._outer = outer([self._anchor]) if outer is not None else None
 
@@ -122,7 +123,7 @@ class LocalSGD:
     @property
     def union(self) -> Mask:
         """The coordinates of all workers together: the mask itself where they share it."""
-        return self._union
+        return self._space.union
 
     def step(self) -> bool:
         """Count one local step; merge when it is the H-th since the last merge.
@@ -174,12 +175,12 @@ class LocalSGD:
         if self._since:
             raise ParamsError(f"remask_ after {self._since} local steps; call finish() first, on every rank")
         self._own = self._own if own_masks is None else own_masks
-        old, anchor = self._union, self._anchor.detach()
+        old, anchor = self.union, self._anchor.detach()
         self._masked.remask_(mask, self._optimizer)
-        self._bind()
+        self._space = self._joint_space()
         place = anchor.device
-        kept, source = (t.to(place) for t in staying(old, self._union))
-        fresh = self._read()
+        kept, source = (t.to(place) for t in staying(old, self.union))
+        fresh = self._space.read()
         fresh[kept] = anchor[source]  # masters: the model's own may be bf16
         state = {} if self._outer is None else self._outer.state[self._anchor]
         for key, moment in state.items():
@@ -190,7 +191,7 @@ class LocalSGD:
         self._anchor.data = fresh
         for name in self._residuals:
             self._residuals[name] = torch.zeros_like(fresh)
-        self._take_over()
+        self._space.write_(self._anchor.detach())
 
     def state(self) -> dict[str, Tensor]:
         """What a resume needs beside θ, the inner optimizer and the buffers; only right after a merge.
@@ -217,7 +218,7 @@ class LocalSGD:
                 self.bytes[key] = int(value)
             elif kind == "outer" and self._outer is not None:
                 self._outer.state[self._anchor][key] = value.to(self._anchor.device).clone()
-        self._take_over()
+        self._space.write_(self._anchor.detach())
         self._buffers.mark()
 
     @torch.no_grad()
@@ -226,18 +227,14 @@ class LocalSGD:
         self._since, self.merges = 0, self.merges + 1
         if self.size == 1 and self._outer is None:
             return  # plain training: a + (θ - a) would round
-        theta, anchor = self._masked.values.detach(), self._anchor.detach()
-        if self._places is None:
-            change_K = theta - anchor
-        else:
-            change_K = torch.zeros_like(anchor)
-            change_K[self._places] = theta - anchor[self._places]
+        anchor = self._anchor.detach()
+        change_K = self._space.change(anchor)
         norm = change_K.double().square().sum().reshape(1)
         packed = {"values": change_K, "control": norm, **self._buffers.pack(self.rank)}
         sums = self._wire.sum(packed, self._residuals)
         squared = float(sums["control"]) / self.size - float((sums["values"].double() / self.size).square().sum())
         self.drift = max(squared, 0.0) ** 0.5
-        merged_K = sums["values"] / self._divisor
+        merged_K = sums["values"] / self._space.divisor
         if self._outer is None:
             anchor += merged_K
         else:
@@ -251,66 +248,13 @@ class LocalSGD:
             )
         if self.size > 1:
             self._buffers.unpack(sums, self.size)
-        self._take_over()
+        self._space.write_(self._anchor.detach())
         if self._debug:
             self._wire.agree(f"the result of merge {self.merges}", self._digest())
 
-    def _bind(self) -> None:
-        """Find the coordinates of all workers, and where this worker's stand among them."""
-        mine = self._masked.mask
-        masks: list[Mask] | None = None
-        if self._own and self.size > 1:
-            sections = {n: self._wire.gather_bytes("masks", s) for n, s in mine.pack(compact=False).items()}
-            masks = [
-                Mask.unpack({n: s[rank] for n, s in sections.items()}, f"rank {rank}") for rank in range(self.size)
-            ]
-        elif self.size > 1:
-            self._wire.agree("the mask", mine.digest)
-        place = self._masked.values.device
-        self._union = mine
-        self._places: Tensor | None = None
-        if masks is None:
-            counts = torch.full((mine.nnz,), float(self.size))
-        else:
-            for mask in masks:
-                self._union = self._union | mask
-            self._places = staying(self._union, mine)[1].to(place)
-            counts = torch.zeros(self._union.nnz)
-            for mask in masks:
-                counts[staying(self._union, mask)[1]] += 1
-        parameters = fitting_parameters(self._masked.model, self._union)
-        self._targets: list[tuple[nn.Parameter, Tensor | None, slice]] = []
-        divisor, start, head = counts.clone(), 0, set(self._union.index.within(self._head))
-        for name, parameter in parameters.items():
-            stretch = slice(start, start + self._union.count(name))
-            coordinates = None if self._union.whole(name) else self._union.indices[name].to(place)
-            if stretch.stop > start:
-                self._targets.append((parameter, coordinates, stretch))
-            if self._average == "sum" and name not in head:
-                divisor[stretch] = 1
-            start = stretch.stop
-        self._divisor = divisor.to(place, self._masked.values.dtype)
-
-    def _read(self) -> Tensor:
-        """Copy the values of all workers' coordinates from the model, masters where this worker has them: [K]."""
-        theta = self._masked.values.detach()
-        if self._places is None:
-            return theta.clone()
-        values = torch.cat([take(parameter, at) for parameter, at, _ in self._targets]).to(theta.dtype)
-        values[self._places] = theta
-        return values
-
-    @torch.no_grad()
-    def _take_over(self) -> None:
-        """Put the merged values into θ and into the model."""
-        anchor = self._anchor.detach()
-        if self._places is None:
-            self._masked.values.copy_(anchor)
-            self._masked.write_()
-            return
-        self._masked.values.copy_(anchor[self._places])
-        for parameter, at, stretch in self._targets:
-            put_(parameter, at, anchor[stretch].to(parameter.dtype))
+    def _joint_space(self) -> JointSpace:
+        """Find the coordinates of all workers under the masks of now."""
+        return JointSpace(self._masked, self._wire, own_masks=self._own, average=self._average, head=self._head)
 
     def _digest(self, buffers_only: bool = False) -> str:
         """Digest what must be equal on all ranks after a merge."""

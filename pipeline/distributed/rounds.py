@@ -27,6 +27,15 @@ from pipeline.training.resume import undisturbed
 
 _REPORTS = 4  # evaluations per epoch at most: one costs as much as many local steps
 
+OnMerge = Callable[[dict[str, float], int], None]
+"""(record, step): told on rank 0 after each merge, by the number of steps that a worker has done.
+
+The record holds ``merge`` (its number, from 1), ``bytes`` (handed to collectives by all ranks so far), ``drift``
+(root of the mean squared distance of the workers' changes from their mean; without local steps there is none), and
+at most four times an epoch, and at the last step, what ``evaluate`` gave. A run that is killed tells what came after
+its saved state again. ``pipeline.tracking.Run.log`` is one.
+"""
+
 
 @dataclass(frozen=True)
 class Course:
@@ -74,7 +83,7 @@ class Rounds:
         choose: (model, number of the choice, from 0) -> this rank's mask; asked for after the dense steps, and for
             every renewal, on merged models.
         evaluate: model -> metrics, in eval mode; asked on rank 0 at some of the merges.
-        log: takes a record of each merge on rank 0, and the step.
+        log: told of each merge, on rank 0.
 
     Attributes:
         records: one dict per merge: ``merge``, ``step``, ``bytes`` (handed to collectives by all ranks so far),
@@ -91,7 +100,7 @@ class Rounds:
         head: tuple[str, ...] = (),
         choose: Callable[[nn.Module, int], Mask] | None = None,
         evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
-        log: Callable[[dict[str, float], int], None] | None = None,
+        log: OnMerge | None = None,
     ) -> None:
         if choose is None and (course.dense_steps or course.renew):
             raise ParamsError("dense steps and renewed masks need a way to choose masks")

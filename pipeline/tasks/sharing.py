@@ -1,7 +1,6 @@
 """One worker of a distributed run on one task: its shard, its masks, its training."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from pipeline.distributed.collectives import Collectives
 from pipeline.distributed.joint_resume import JointResume
 from pipeline.distributed.own_masks import interleaved, random_scores
-from pipeline.distributed.rounds import Course, Rounds
+from pipeline.distributed.rounds import Course, OnMerge, Rounds
 from pipeline.errors import DivergedError, ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.masks.select import dense
@@ -84,7 +83,7 @@ def train_worker(
     *,
     name: str,
     resume: JointResume | None = None,
-    log: Callable[[dict[str, float], int], None] | None = None,
+    log: OnMerge | None = None,
     debug: bool = False,
 ) -> tuple[FitResult, Rounds]:
     """Train this rank's copy of the model, in place, together with the other ranks.
@@ -99,7 +98,7 @@ def train_worker(
         world: the ranks.
         name: what the progress display calls it.
         resume: where this rank's unfinished run is kept.
-        log: takes the records of merges and their step, on rank 0.
+        log: told of each merge, on rank 0.
         debug: check after each merge that all ranks are bitwise equal.
 
     Returns:
