@@ -31,8 +31,8 @@ OnMerge = Callable[[dict[str, float], int], None]
 """(record, step): told on rank 0 after each merge, by the number of steps that a worker has done.
 
 The record holds ``merge`` (its number, from 1), ``bytes`` (handed to collectives by all ranks so far), ``drift``
-(root of the mean squared distance of the workers' changes from their mean; without local steps there is none), and
-at most four times an epoch, and at the last step, what ``evaluate`` gave. A run that is killed tells what came after
+(root of the mean squared distance of the workers' changes from their mean; absent without local steps), and, at
+most four times an epoch and at the last step, what ``evaluate`` gave. A run that is killed tells what came after
 its saved state again. ``pipeline.tracking.Run.log`` is one.
 """
 
