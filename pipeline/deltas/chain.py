@@ -9,7 +9,6 @@ it follows, and files are removed last, the newest first.
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import files
-from pipeline.deltas import steps as forms
+from pipeline.deltas import chain_base
+from pipeline.deltas.appending import Writer
 from pipeline.deltas.base import Base
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.folder import starting
-from pipeline.deltas.overlay import Patch, merge
 from pipeline.deltas.states import States
 from pipeline.deltas.steps import Step
-from pipeline.deltas.target import Layout, Model, Target, persistent_buffers, same_bits, write_all
-from pipeline.errors import MismatchError, ParamsError
+from pipeline.deltas.target import Layout, Model, Target, persistent_buffers, write_all
+from pipeline.errors import ParamsError
 from pipeline.masks.mask import Mask
-from pipeline.parameters import digest_of_digests, tensor_digest
-from pipeline.training.masked import fitting_parameters
-
-
-@dataclass
-class _Head:
-    """A state as the next append needs it: what differs from the base, and the digest of every tensor."""
-
-    patch: Patch
-    digests: dict[str, str]
+from pipeline.parameters import tensor_digest
 
 
 class Chain:
@@ -54,7 +44,7 @@ class Chain:
     def __init__(self, folder: Path, base: Model | None) -> None:
         self._states = States(folder, base)
         self._folder = self._states.folder
-        self._head: _Head | None = None
+        self._writer = Writer(self._states)
 
     @classmethod
     def create(
@@ -88,7 +78,7 @@ class Chain:
             target = Target(model, layout, buffers)
             digests = target.digests() | {name: tensor_digest(buffer) for name, buffer in buffers.items()}
             values = {name: tensor.detach().to("cpu") for name, tensor in target.parameters.items()}
-            forms.write_base(path, layout, values if keep_base else {}, buffers, digests, about)
+            chain_base.write(path, layout, values if keep_base else {}, buffers, digests, about)
         return cls(Path(folder), None if keep_base else {name: tensor.clone() for name, tensor in values.items()})
 
     @classmethod
@@ -167,37 +157,7 @@ class Chain:
             StorageError: if the step cannot be written; the chain is as it was.
         """  # noqa: DOC502 - raised by what it calls
         about = files.plain_json(info or {}, "info of a step")
-        fitting_parameters(model, mask)
-        target = self._states.target(model)
-        with self._folder.writing():
-            newest = max(self._folder.steps, default=0)
-            head, source = self._newest(), self._states.source
-            at = {name: mask.at(name) for name in mask.index if mask.count(name)}
-            patch: Patch = {name: (where, target.read(name, where)) for name, where in at.items()}
-            after = merge([head.patch, patch])
-            for name, tensor in target.parameters.items():
-                if not same_bits(source.changed(name, *after.get(name, (None, None))), tensor):
-                    self._states.check_base()
-                    raise MismatchError(
-                        f"{self._folder.path}: tensor '{name}' changed outside the mask since step {newest}; give "
-                        "the mask of all that was trained since, or restore that step first"
-                    )
-            digests = head.digests | {name: tensor_digest(target.parameters[name]) for name in patch}
-            digests |= {name: tensor_digest(buffer) for name, buffer in target.buffers.items()}
-            buffers = {n: b for n, b in target.buffers.items() if digests[n] != head.digests[n]}
-            step = Step(
-                number=newest + 1,
-                after=newest,
-                parent=digest_of_digests(head.digests),
-                state=digest_of_digests(digests),
-                mask=mask.digest,
-                count=mask.nnz,
-                buffers=sorted(buffers),
-                info=about,
-                nbytes={},
-            )
-            self._write(step, mask, patch, buffers)
-            self._head = _Head(after, digests)
+        self._writer.append(model, mask, about)
         return self.steps[-1]
 
     def state(self, step: int = -1) -> dict[str, Tensor]:
@@ -311,7 +271,7 @@ class Chain:
             for number in kept:
                 lineage = self._states.lineage(number)
                 start = max((i + 1 for i, step in enumerate(lineage[:-1]) if step.number in kept), default=0)
-                self._join(lineage[start:])
+                self._writer.join(lineage[start:])
             self._folder.refresh()
             if self._states.base:
                 for number in kept:
@@ -329,40 +289,3 @@ class Chain:
         for step in self.steps:
             self._states.step(step)
             self._states.read(self._states.lineage(step.number), self._states.source)
-
-    def _newest(self) -> _Head:
-        """The newest state: remembered from the last append, or read."""
-        lineage, source = self._states.lineage(-1), self._states.source
-        if self._head is None or digest_of_digests(self._head.digests) != self._states.digest(lineage):
-            patch, changed = self._states.overlay(lineage)
-            values = {name: source.changed(name, *write) for name, write in patch.items()}
-            found = {name: tensor_digest(tensor) for name, tensor in {**values, **changed}.items()}
-            digests = self._folder.root.digests | found
-            if digest_of_digests(digests) != self._states.digest(lineage):
-                self._states.refuse(lineage, source, digests)
-            self._head = _Head(patch, digests)
-        return self._head
-
-    def _join(self, lineage: list[Step]) -> None:
-        """Write one step in place of several that follow each other, under the number of the last."""
-        if len(lineage) == 1:
-            return
-        patch, buffers = self._states.overlay(lineage)
-        mask = self._states.mask(patch, lineage)
-        first, last = lineage[0], lineage[-1]
-        step = Step(
-            number=last.number,
-            after=first.after,
-            parent=first.parent,
-            state=last.state,
-            mask=mask.digest,
-            count=mask.nnz,
-            buffers=sorted(buffers),
-            info=last.info,
-            nbytes={},
-        )
-        self._write(step, mask, patch, buffers)
-
-    def _write(self, step: Step, mask: Mask, patch: Patch, buffers: Mapping[str, Tensor]) -> None:
-        values = {name: row for name, (_, row) in patch.items()}
-        self._folder.write(step, mask, values, buffers, self._states.stored)

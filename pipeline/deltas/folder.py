@@ -10,9 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from pipeline.atomic import remove_file
+from pipeline.deltas import chain_base
 from pipeline.deltas import steps as forms
+from pipeline.deltas.chain_base import Root
 from pipeline.deltas.overlay import Patch
-from pipeline.deltas.steps import Root, Step
+from pipeline.deltas.steps import Step
 from pipeline.deltas.target import Target
 from pipeline.errors import ArtifactError, BusyError, ParamsError, StorageError
 from pipeline.masks.mask import Mask
@@ -50,13 +52,13 @@ class Folder:
             ArtifactError: if they do not.
         """
         before, self._stamps = self._stamps, self._stamp()
-        if forms.BASE_FILE not in self._stamps:
+        if chain_base.FILE not in self._stamps:
             raise ArtifactError(
-                f"{self.path}: holds no chain: {forms.BASE_FILE} is missing; name a chain's folder"
+                f"{self.path}: holds no chain: {chain_base.FILE} is missing; name a chain's folder"
             )
         changed = {name for name, stamp in self._stamps.items() if before.get(name) != stamp}
-        if forms.BASE_FILE in changed:
-            self.root = forms.read_base(self.path / forms.BASE_FILE)
+        if chain_base.FILE in changed:
+            self.root = chain_base.read(self.path / chain_base.FILE)
         known, self.steps = self.steps, {}
         states, masks = {0: self.root.state}, set()
         for number in sorted(filter(None, map(forms.number_of, self._stamps))):
@@ -202,7 +204,7 @@ def starting(path: Path) -> Iterator[Path]:
         taken = sorted(name for name in os.listdir(path) if forms.is_part(name))
         if taken:
             raise ParamsError(f"{path}: holds a chain already ({taken[0]}); open it, or choose another folder")
-        yield path / forms.BASE_FILE
+        yield path / chain_base.FILE
 
 
 @contextmanager

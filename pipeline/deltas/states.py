@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pipeline import files
-from pipeline.deltas import steps as forms
+from pipeline.deltas import chain_base
 from pipeline.deltas.base import SHORT, Base
 from pipeline.deltas.folder import Folder
 from pipeline.deltas.overlay import Patch, mask_of, merge
@@ -40,7 +40,7 @@ class States:
 
     def __init__(self, path: Path, base: Model | None) -> None:
         self.folder = Folder(path)
-        root, file = self.folder.root, path / forms.BASE_FILE
+        root, file = self.folder.root, path / chain_base.FILE
         with safe_open(file, framework="pt") as opened:  # mapped, not read; a state's digest vouches for the bytes
             held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
         self.buffers: dict[str, Tensor] = {name: held[name] for name in root.buffers}
@@ -207,7 +207,8 @@ class States:
 
     def check_base(self) -> None:
         """Read the base's file, every byte of it verified; an ArtifactError names the section that is corrupt."""
-        files.read_file(self.folder.path / forms.BASE_FILE, format=forms.BASE, version=forms.VERSION)
+        path = self.folder.path / chain_base.FILE
+        files.read_file(path, format=chain_base.FORMAT, version=chain_base.VERSION)
 
     def refuse(self, lineage: list[Step], source: Target, digests: Mapping[str, str]) -> NoReturn:
         """Say why a state is not what it was.

@@ -1,7 +1,6 @@
-"""The files of a chain of checkpoints (chain.py): the base, one file a step, and the masks that steps share.
+"""The files of a chain of checkpoints (chain.py): its base, one file a step, and the masks they share.
 
-    base.safetensors              every parameter and persistent buffer under its own name, as any safetensors
-                                  reader takes them; only the buffers where the base's values are kept elsewhere
+    base.safetensors              the base (chain_base.py)
     mask-<16 digits>.safetensors  a mask file, named by its digest
     step-<6 digits>.safetensors   values.<dtype>   at the mask, tensors in the order of its index
                                   buffers.<dtype>  those that changed, sorted by name
@@ -14,7 +13,6 @@ against another step's: any is read by itself. The files alone are the chain: no
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,48 +21,19 @@ import torch
 from torch import Tensor
 
 from pipeline import files
-from pipeline.deltas import thin
+from pipeline.deltas import chain_base, thin
 from pipeline.deltas import values as coding
-from pipeline.deltas.metadata import DTYPE_OF, of_type, shape_of, sound
+from pipeline.deltas.chain_base import ADVICE, Root
+from pipeline.deltas.metadata import of_type, sound
 from pipeline.deltas.overlay import Patch
-from pipeline.deltas.target import Layout, Target, dtype_name
+from pipeline.deltas.target import Target, dtype_name
 from pipeline.masks.mask import Mask
-from pipeline.parameters import Shape, digest_of_digests
 
-BASE, STEP, VERSION = "fishmask-chain-base", "fishmask-chain-step", 1
-BASE_FILE = "base.safetensors"
+STEP, VERSION = "fishmask-chain-step", 1
 PARTS = ("coordinates", "values", "buffers", "header")  # what the bytes of a step are made of
 STEP_FILE = re.compile(r"step-(\d{6,18})\.safetensors")
 MASK_FILE = re.compile(r"mask-[0-9a-f]{16}\.safetensors")
 LEFTOVER = re.compile(r"\.(base|step-\d+|mask-[0-9a-f]+)\.safetensors\.[0-9a-f]{12}\.tmp")  # of a killed writer
-Form = tuple[torch.dtype, Shape]
-_ADVICE = "bring back the file as it was written"
-
-
-@dataclass(frozen=True)
-class Root:
-    """What a chain's base file says.
-
-    Attributes:
-        layout: names, dtypes and shapes of all parameters.
-        buffers: name -> (dtype, shape) of every persistent buffer.
-        digests: name -> ``tensor_digest`` of every parameter and buffer.
-        keeps_values: whether the file holds the parameters.
-        info: provenance (JSON-able).
-        nbytes: the file's size.
-    """
-
-    layout: Layout
-    buffers: dict[str, Form]
-    digests: dict[str, str]
-    keeps_values: bool
-    info: dict[str, Any]
-    nbytes: int
-
-    @cached_property
-    def state(self) -> str:
-        """The digest of the base's parameters and buffers."""
-        return digest_of_digests(self.digests)
 
 
 @dataclass(frozen=True)
@@ -111,55 +80,6 @@ def mask_file(digest: str) -> str:
         ``mask-`` and the first 16 hex digits of its digest.
     """
     return f"mask-{digest[:16]}.safetensors"
-
-
-def write_base(
-    path: Path,
-    layout: Layout,
-    parameters: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-    digests: Mapping[str, str],
-    info: Mapping[str, Any],
-) -> None:
-    """Write a chain's base.
-
-    Args:
-        path: the file.
-        layout: of the model.
-        parameters: their values; empty where they are kept elsewhere.
-        buffers: their values.
-        digests: name -> ``tensor_digest`` of every parameter and buffer.
-        info: provenance.
-    """
-    meta = {
-        "parameters": [[n, dtype_name(dtype), list(shape)] for n, (dtype, shape) in layout.parameters.items()],
-        "ties": layout.ties,
-        "buffers": [[name, dtype_name(buffer.dtype), list(buffer.shape)] for name, buffer in buffers.items()],
-        "digests": dict(digests),
-        "keeps_values": bool(parameters),
-        "info": info,
-    }
-    files.write_file(path, format=BASE, version=VERSION, meta=meta, sections={**parameters, **buffers})
-
-
-def read_base(path: Path) -> Root:
-    """Read what a base file says; its tensors stay unread.
-
-    Returns:
-        The root of the chain. An ArtifactError if the file is no sound base.
-    """  # noqa: DOC501 - it becomes that
-    meta, sizes = files.read_header(path, format=BASE, version=VERSION)
-    with sound(path, "base of a chain", _ADVICE):
-        parameters, buffers = _forms(meta["parameters"]), _forms(meta["buffers"])
-        digests = {n: of_type(str, d) for n, d in of_type(dict, meta["digests"]).items()}
-        ties = {alias: of_type(str, n) for alias, n in of_type(dict, meta["ties"]).items()}
-        keeps = of_type(bool, meta["keeps_values"])
-        if set(digests) != {*parameters, *buffers} or not set(ties.values()) <= set(parameters):
-            raise ValueError("its digests or ties name other tensors than it has")
-        if set(sizes) != {*(parameters if keeps else ()), *buffers}:
-            raise ValueError("its sections are not the tensors that it names")
-        info = of_type(dict, meta["info"])
-    return Root(Layout(parameters, ties), buffers, digests, keeps, info, path.stat().st_size)
 
 
 def write_step(
@@ -212,7 +132,7 @@ def is_part(name: str) -> bool:
     Returns:
         True if so.
     """
-    return name == BASE_FILE or number_of(name) is not None
+    return name == chain_base.FILE or number_of(name) is not None
 
 
 def read_step(path: Path) -> Step:
@@ -222,7 +142,7 @@ def read_step(path: Path) -> Step:
         The step, without the bytes of its coordinates. An ArtifactError if the file is no sound step.
     """  # noqa: DOC501 - it becomes that
     meta, sizes = files.read_header(path, format=STEP, version=VERSION)
-    with sound(path, "step of a chain", _ADVICE):
+    with sound(path, "step of a chain", ADVICE):
         number, after, count = (of_type(int, meta[key]) for key in ("number", "after", "count"))
         parent, state, mask = (of_type(str, meta[key]) for key in ("parent", "state", "mask"))
         buffers = [of_type(str, name) for name in of_type(list, meta["buffers"])]
@@ -254,7 +174,7 @@ def read_content(
         was.
     """  # noqa: DOC501 - it becomes that
     meta, own = files.read_file(path, format=STEP, version=VERSION)
-    with sound(path, "step of a chain", _ADVICE):
+    with sound(path, "step of a chain", ADVICE):
         if (meta["state"], meta["mask"], meta["buffers"]) != (step.state, step.mask, step.buffers):
             raise ValueError("it was replaced by another step since the chain was opened")
         for name, shape in mask.index.shapes.items():
@@ -298,11 +218,3 @@ def _by_dtype(dtypes: Mapping[str, torch.dtype]) -> dict[torch.dtype, list[str]]
     for name, dtype in dtypes.items():
         names.setdefault(dtype, []).append(name)
     return names
-
-
-def _forms(rows: Any) -> dict[str, Form]:
-    """Read a table of tensors: name, dtype, shape."""
-    forms = {of_type(str, name): (DTYPE_OF[dtype], shape_of(shape)) for name, dtype, shape in rows}
-    if len(forms) != len(rows):
-        raise ValueError("a tensor is named twice")
-    return forms

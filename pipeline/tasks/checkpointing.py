@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.deltas import chain_base
 from pipeline.deltas.chain import Chain
-from pipeline.deltas.steps import BASE_FILE, PARTS
+from pipeline.deltas.steps import PARTS
 from pipeline.deltas.target import same_bits
 from pipeline.errors import ArtifactError
 from pipeline.masks.mask import Mask
@@ -107,7 +108,7 @@ class Checkpoints:
         self._model = masks.task.model(masks.seed)  # what checkpoints are restored into
         self._frozen = _frozen_values(self._model, first) if every is None else None
         self._first = first
-        base = folder / BASE_FILE
+        base = folder / chain_base.FILE
         self.chain = Chain.open(folder) if base.is_file() else self._begin()
         self._model.to(masks.device.device)
 

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.deltas.algebra import add, dare, rounded, scale, ties
+from pipeline.deltas.algebra import add, dare, scale, ties
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.overlap import overlap
+from pipeline.deltas.summing import rounded
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex, base_digest

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline import Chain
+from pipeline.deltas import chain_base
 from pipeline.deltas import steps as forms
 from pipeline.deltas.overlay import merge
 from pipeline.errors import ArtifactError, BusyError, FishmaskError, MismatchError, ParamsError, StorageError
@@ -240,7 +241,7 @@ def test_the_base_file_is_a_plain_safetensors_file_of_the_model(tmp_path: Path) 
     from safetensors.torch import load_file
 
     _, model, _ = grown(tmp_path / "run", [])
-    loaded = load_file(tmp_path / "run" / forms.BASE_FILE)
+    loaded = load_file(tmp_path / "run" / chain_base.FILE)
     assert bits(loaded) == {name: value for name, value in bits(model).items() if name != "tied.weight"}
 
 
@@ -315,7 +316,7 @@ def test_without_the_base_a_chain_restores_onto_it_and_asks_for_it_elsewhere(tmp
     base = copy.deepcopy(Net())
     torch.manual_seed(0)
     chain, model, expected = grown(tmp_path / "run", [1, 1, 2], keep_base=False)
-    assert (tmp_path / "run" / forms.BASE_FILE).stat().st_size + chain.state_nbytes < 2**14
+    assert (tmp_path / "run" / chain_base.FILE).stat().st_size + chain.state_nbytes < 2**14
     assert not chain.keeps_base and chain.dense_nbytes == 3 * chain.state_nbytes
     assert_restores(chain, model, expected)
     opened = Chain.open(tmp_path / "run")
@@ -382,7 +383,7 @@ def test_flipped_bits_and_truncations_of_any_file_are_refused_by_name(tmp_path: 
 
 def test_a_damaged_base_is_blamed_and_not_the_model(tmp_path: Path) -> None:
     _, model, _ = grown(tmp_path / "run", [1])
-    path = tmp_path / "run" / forms.BASE_FILE
+    path = tmp_path / "run" / chain_base.FILE
     data = bytearray(path.read_bytes())
     data[-200] ^= 1
     path.write_bytes(data)
@@ -400,7 +401,7 @@ def test_missing_and_misplaced_files_are_one_line(tmp_path: Path) -> None:
         (forms.step_file(2), "step-000002.safetensors: is missing, and step 3 follows it"),
         (forms.step_file(1), "step-000001.safetensors: is missing, and step 2 follows it"),
         (mask, "is missing, and step 2 needs it"),
-        (forms.BASE_FILE, "holds no chain: base.safetensors is missing"),
+        (chain_base.FILE, "holds no chain: base.safetensors is missing"),
     ):
         (folder / name).unlink()
         with pytest.raises(ArtifactError, match=part) as refusal:
@@ -425,7 +426,7 @@ def test_missing_and_misplaced_files_are_one_line(tmp_path: Path) -> None:
     (folder / mask).write_bytes(whole[forms.mask_file(Chain.open(folder).steps[0].mask)])
     with pytest.raises(ArtifactError, match="is another mask than"):
         Chain.open(folder).verify()
-    for absent in (tmp_path / "absent", tmp_path / "run" / forms.BASE_FILE):
+    for absent in (tmp_path / "absent", tmp_path / "run" / chain_base.FILE):
         with pytest.raises(ArtifactError, match="no folder of a chain"):
             Chain.open(absent)
 
@@ -606,9 +607,9 @@ def work_until_killed(folder: Path) -> None:
 def test_a_chain_killed_again_and_again_is_always_sound(tmp_path: Path) -> None:
     base, folder, seen = Net(), tmp_path / "run", set()
     Chain.create(folder, base)
-    model, expected, draw = copy.deepcopy(base), {0: bits(base)}, random.Random(1)
+    model, expected, draw, patience = copy.deepcopy(base), {0: bits(base)}, random.Random(1), 1.0
     for kill in range(400):
-        if kill >= 40 and len(seen) > 20:  # on a loaded machine a writer gets less far
+        if kill >= 40 and len(seen) > 20:
             break
         child = os.fork()
         if child == 0:
@@ -616,7 +617,7 @@ def test_a_chain_killed_again_and_again_is_always_sound(tmp_path: Path) -> None:
                 work_until_killed(folder)
             finally:
                 os._exit(1)  # only an error gets here
-        time.sleep(draw.uniform(0.005, 0.08))
+        time.sleep(patience * draw.uniform(0.005, 0.08))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the writer failed before it was killed"
         chain = Chain.open(folder)
@@ -625,6 +626,8 @@ def test_a_chain_killed_again_and_again_is_always_sound(tmp_path: Path) -> None:
             train_(model, mask_of(model, number % 3), number)
             expected[number] = bits(model)
         assert_restores(chain, base, {number: expected[number] for number in numbers})
+        if numbers <= seen:
+            patience *= 1.1  # on a loaded machine a writer gets less far
         seen |= numbers
     assert len(seen) > 20
 
@@ -691,7 +694,7 @@ def test_a_step_that_vouches_for_false_content_is_refused(tmp_path: Path, edit: 
 )
 def test_a_base_that_vouches_for_false_content_is_refused(tmp_path: Path, edit: Callable[..., Any]) -> None:
     _, model, _ = grown(tmp_path / "run", [1])
-    hostile(edit, tmp_path / "run" / forms.BASE_FILE, forms.BASE)
+    hostile(edit, tmp_path / "run" / chain_base.FILE, chain_base.FORMAT)
     held = garbage(model)
     before = bits(held)
     with pytest.raises(FishmaskError) as refusal:
