@@ -40,20 +40,68 @@ class ModelParams(_Strict):
     max_length: Positive | None = None
 
 
-class ScoreParams(_Strict):
-    """How coordinates are scored; every count of ``examples`` becomes one ranking, cut from a single pass."""
+Kind = Literal["label", "expect"]
+Power = Literal["square", "absolute"]
+Selection = Literal["global", "per-layer", "per-tensor", "layer-mean", "tensor-mean", "tensor-root"]
 
-    kind: Literal["label", "expect"] = "label"
-    power: Literal["square", "absolute"] = "square"
+
+class ScoreVariant(_Strict):
+    """What a method ``fish-<name>`` scores otherwise than ``fish``; null means the same."""
+
+    kind: Kind | None = None
+    power: Power | None = None
+    selection: Selection | None = None
+    exclude: list[str] | None = None
+    heads: Positive | None = None
+    warm_head: Annotated[int, Field(ge=0)] | None = None
+
+
+class ScoreParams(_Strict):
+    """How coordinates are scored and made comparable; every count of ``examples`` becomes one ranking."""
+
+    kind: Kind = "label"
+    power: Power = "square"
+    selection: Selection = "global"
+    exclude: list[str] = []
+    heads: Positive = 1
+    warm_head: Annotated[int, Field(ge=0)] = 0
     examples: list[Positive]
     batch_size: Positive
     keep: Density = 0.1
+    variants: dict[str, ScoreVariant] = {}
 
     @model_validator(mode="after")
     def _ascending(self) -> "ScoreParams":
         if not self.examples or self.examples != sorted(set(self.examples)):
             raise ValueError(f"examples must be a list of ascending counts, got {self.examples}")
         return self
+
+    def variant(self, name: str) -> "ScoreParams":
+        """Look up how ``fish-<name>`` scores.
+
+        Returns:
+            The settings; those of ``fish`` where the name is empty.
+
+        Raises:
+            ParamsError: if there is no such variant.
+        """
+        if not name:
+            return self
+        if name not in self.variants:
+            raise ParamsError(f"score.variants: unknown {unknown(name, self.variants)}")
+        return self.model_copy(update=self.variants[name].model_dump(exclude_none=True))
+
+    def how(self, *, fresh: bool = True) -> dict[str, Any]:
+        """The arguments of ``pipeline.tasks.scoring.scores_for``, but for the number of examples.
+
+        Args:
+            fresh: the head is as it was drawn; one that was trained is scored as it is.
+
+        Returns:
+            Keyword arguments.
+        """
+        how = self.model_dump(include={"kind", "power", "selection", "exclude", "batch_size"})
+        return how | ({"heads": self.heads, "warm_head": self.warm_head} if fresh else {})
 
 
 class TrainParams(_Strict):
@@ -243,6 +291,11 @@ class Params(_Strict):
             yield f"methods.{method}.lr", task, self.methods[method].lr
         for name in self.grid.sweep.methods:
             yield "grid.sweep.methods", name, self.grid.ranked
+        for task in self.grid.tasks:
+            for method in self.grid.ranked:
+                variant = method.partition("-")[2]
+                if variant and task in self.tasks:
+                    yield f"tasks.{task}.score.variants", variant, self.tasks[task].score.variants
         for task in self.grid.tasks:
             for method in self.grid.methods:
                 if method in self.methods:

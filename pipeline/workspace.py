@@ -78,6 +78,11 @@ class Workspace:
         return self.root / ".resume" / cell.stage / f"{cell.name}.lock"
 
 
+def ranking_file(folder: Path, variant: str, examples: int) -> Path:
+    """The file of one ranking in a seed's folder of the score stage; ``variant`` is empty for the task's own."""
+    return folder / f"{variant}{'-' if variant else ''}examples-{examples}.safetensors"
+
+
 @cache
 def code_digest() -> str:
     """Digest the library's own source, so that resume state never outlives the code that wrote it.

@@ -29,6 +29,7 @@ from pipeline.tasks.base import Task
 from pipeline.tasks.sharing import Sharing, train_worker
 from pipeline.tracking import Run
 from pipeline.training.device import Device, choose_device
+from pipeline.training.methods import method_named
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import fingerprint
 from pipeline.workspace import code_digest
@@ -64,15 +65,15 @@ def run(stage: Stage, *, timeout: float = TIMEOUT, restarts: int = 0, debug: boo
 
 def _work(stage: Stage, wanted: Any, device: Device, world: Collectives, debug: bool) -> None:
     """Train every seed; rank 0 alone holds the cell, and talks to MLflow and to the outputs."""
-    cell, train, score = stage.cell, stage.of_task("train"), stage.of_task("score")
+    cell, train = stage.cell, stage.of_task("train")
+    score = stage.of_task("score").variant(method_named(cell.method or "").variant)
     metric, lr = stage.of_task("metric"), stage.read(f"methods.{cell.method}.lr.{cell.task}")
     task = Task.load(stage.input("fetch"), stage.of_task("model"), metric)
-    examples = {"examples": wanted.examples or score.examples[-1], "batch_size": score.batch_size}
     sharing = Sharing(
         method=cell.method or "",
         density=wanted.density or stage.of_task("density"),
         head=tuple(stage.of_task("head")),
-        score={"kind": score.kind, "power": score.power, **examples},
+        score={"examples": wanted.examples or score.examples[-1], **score.how()},
         outer=(wanted.outer.lr, wanted.outer.momentum) if wanted.outer else None,
         **wanted.model_dump(include={"every", "average", "renew", "own_masks", "dtype", "warmup", "shard"}),
     )

@@ -9,7 +9,7 @@ from pipeline.masks.ranking import Ranking
 from pipeline.tasks.base import Task
 from pipeline.training.methods import mask_for, method_named
 from pipeline.training.resume import fingerprint
-from pipeline.workspace import VERSION
+from pipeline.workspace import VERSION, ranking_file
 from stages.runner import Stage, main
 
 
@@ -28,7 +28,8 @@ def run(stage: Stage) -> None:
         for seed in stage.seeds:
             ranking = None
             if examples is not None:
-                ranking = Ranking.load(stage.input("score") / f"seed-{seed}" / f"examples-{examples}.safetensors")
+                folder = stage.input("score") / f"seed-{seed}"
+                ranking = Ranking.load(ranking_file(folder, method.variant, examples))
             model = task.model(seed)
             mask = mask_for(method.name, model, density=density, head=head, seed=seed, ranking=ranking)
             mask.info |= {"task": task.name, "setting": cell.setting, "seed": seed, "fishmask": VERSION}

@@ -25,7 +25,7 @@ from pipeline.tasks.base import Task
 from pipeline.tasks.fitting import fit_task
 from pipeline.tasks.scoring import scores_for
 from pipeline.training.device import Device, choose_device
-from pipeline.training.methods import mask_for
+from pipeline.training.methods import mask_for, method_named
 from pipeline.training.recipe import Recipe
 from pipeline.workspace import Cell, Workspace
 from pipeline.yaml_files import edit_yaml
@@ -108,8 +108,10 @@ def grid(rate: float, move: int) -> float:
 def _mask(task: Task, settings: TaskParams, method: str, seed: int, device: Device) -> Mask:
     """The method's mask, from the ``fit`` part of train alone."""
     model = task.model(seed).to(device.device)
-    how = settings.score.model_dump(include={"kind", "power", "batch_size"})
-    scores = scores_for(method, task, model, examples=settings.score.examples[-1], seed=seed, split="fit", **how)
+    score = settings.score.variant(method_named(method).variant)
+    scores = scores_for(
+        method, task, model, examples=score.examples[-1], seed=seed, split="fit", head=settings.head, **score.how()
+    )
     return mask_for(method, model, density=settings.density, head=settings.head, seed=seed, ranking=scores)
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.masks.selection import layer_of
 from pipeline.reports.results import Cell, Results, method_order
 from pipeline.reports.statistics import mean, spread
 from pipeline.reports.table import metric_title, percent, scale_of, score_text
@@ -279,12 +280,10 @@ def layout_figure(results: Results, task: str) -> Figure | None:
 
 
 def _grouped(counts: Mapping[str, float]) -> dict[str, float]:
-    """Sum tensors by layer: the name up to its first number (``encoder.layer.3``), else its first two parts."""
+    """Sum tensors by layer."""
     groups: dict[str, float] = {}
     for name, count in counts.items():
-        parts = name.split(".")[:-1] or [name]
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), 1)
-        group = ".".join(parts[: number + 1])
+        group = layer_of(name)
         groups[group] = groups.get(group, 0.0) + count
     return groups
 

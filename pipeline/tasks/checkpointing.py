@@ -25,7 +25,7 @@ from pipeline.tasks.base import Task
 from pipeline.tasks.fitting import EVALUATION
 from pipeline.tasks.scoring import scores_for
 from pipeline.training.device import Device
-from pipeline.training.methods import mask_for
+from pipeline.training.methods import mask_for, method_named
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Masks:
         Returns:
             The mask.
         """
-        seed, score = _drawn(self.seed, epoch), self.score
+        seed, score = _drawn(self.seed, epoch), self.score.variant(method_named(self.method).variant)
         scores = scores_for(
-            self.method, self.task, model, kind=score.kind, power=score.power, examples=score.examples[-1],
-            batch_size=score.batch_size, seed=seed, split=self.split,
+            self.method, self.task, model, examples=score.examples[-1], seed=seed, split=self.split,
+            head=self.head, **score.how(fresh=epoch == 0),
         )  # fmt: skip
         mask = mask_for(self.method, model, density=self.density, head=self.head, seed=seed, ranking=scores)
         mask.info |= {"task": self.task.name, "epoch": epoch}

@@ -38,7 +38,7 @@ class Sharing:
         method: of ``pipeline.training.methods``.
         density: updated / all parameters of one worker's mask.
         head: module names.
-        score: ``kind``, ``power``, ``examples`` and ``batch_size`` of ``scores_for``.
+        score: ``examples``, and ``how`` of ``pipeline.params.ScoreParams``.
         every, average, renew, own_masks, outer, dtype: see ``pipeline.distributed.rounds.Course``.
         warmup: epochs that train everything before the masks are chosen.
         shard: each worker has a part of the training data; else all of it, in an order of its own.
@@ -175,7 +175,9 @@ def choose_mask(
         The mask.
     """
     drawn = seed + number * 1_000_003
-    scores = scores_for(sharing.method, task, model, seed=drawn, **sharing.score)
+    drawn_head = number == 0 and not sharing.warmup
+    how = {key: value for key, value in sharing.score.items() if drawn_head or key not in ("heads", "warm_head")}
+    scores = scores_for(sharing.method, task, model, seed=drawn, head=sharing.head, **how)
     if not sharing.own_masks or world.size == 1:
         return mask_for(
             sharing.method, model, density=sharing.density, head=sharing.head, seed=drawn, ranking=scores

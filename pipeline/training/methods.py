@@ -1,7 +1,7 @@
 """The training methods by name: which coordinates each one trains. How to train them is the same for all."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -22,12 +22,14 @@ class Method:
         strategy: its key in ``pipeline.masks.select.STRATEGIES``.
         needs_ranking: whether its mask is cut from a ranking of Fisher scores.
         doc: one line for people.
+        variant: of the task's ``score.variants``; empty for the task's own scores.
     """
 
     name: str
     strategy: str
     needs_ranking: bool
     doc: str
+    variant: str = ""
 
 
 METHODS: dict[str, Method] = {
@@ -46,7 +48,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_named(name: str) -> Method:
-    """Find a method.
+    """Find a method; ``fish-<variant>`` is ``fish`` by the scores of that variant.
 
     Returns:
         The method.
@@ -54,6 +56,9 @@ def method_named(name: str) -> Method:
     Raises:
         ParamsError: if there is none of that name; suggests the closest.
     """
+    base, _, variant = name.partition("-")
+    if name not in METHODS and base == "fish" and variant:
+        return replace(METHODS[base], name=name, variant=variant)
     if name not in METHODS:
         raise ParamsError(f"unknown method {unknown(name, METHODS)}")
     return METHODS[name]
@@ -90,7 +95,19 @@ def mask_for(
     model = unwrapped(model)
     mask = STRATEGIES[method.strategy](model, density=density, always=head, seed=seed, ranking=ranking)
     fitting_parameters(model, mask)  # a ranking may be of another model
+    _refuse_excluded(mask, head)
     mask.info |= {"method": method.name, "density": mask.density}
     if method.strategy == "random":
         mask.info["seed"] = seed
     return mask
+
+
+def _refuse_excluded(mask: Mask, head: Sequence[str]) -> None:
+    """Refuse a mask that had to take coordinates which its scores leave out."""
+    excluded = mask.info.get("exclude") or []
+    spilt = set(mask.index.within(excluded)) - set(mask.index.within(head))
+    if any(mask.count(name) for name in spilt):
+        raise ParamsError(
+            f"density {mask.density:g} needs more coordinates than lie outside score.exclude "
+            f"({', '.join(excluded)}); lower the density, or exclude less"
+        )
