@@ -96,7 +96,8 @@ def test_a_cell_and_its_seeds_carry_settings_curves_and_identity(project):
         run.log({"mean": 0.5}, 3)
     parent, first, second = stored()
     assert parent.info.run_id == run.run_id and parent.info.run_name == "train words-fish-main"
-    assert parent.data.params == {"methods.fish.lr.words": "0.001", "x_y__z_": "null"}
+    for one in (parent, first, second):  # so that seeds compare by their settings, too
+        assert one.data.params == {"methods.fish.lr.words": "0.001", "x_y__z_": "null"}
     assert {r.info.status for r in (parent, first, second)} == {"FINISHED"}
     for seed, one in enumerate((first, second)):
         expected = {"mlflow.parentRunId": run.run_id, "seed": str(seed), "task": "words", "method": "fish"}
