@@ -13,7 +13,7 @@ PANEL = "Masks and deltas"
 
 @app.command(rich_help_panel=PANEL)
 def inspect(
-    file: Path,
+    file: Annotated[Path, typer.Argument(help="A mask, ranking or delta; a tuned or published folder; a chain.")],
     base: Annotated[
         str | None, typer.Option("--base", help="The base model, to measure a delta's change against.")
     ] = None,
@@ -24,8 +24,10 @@ def inspect(
 ) -> None:
     """Show what a mask, ranking or delta file holds, layer by layer."""
     from pipeline.artifacts import inspection
+    from pipeline.artifacts.delta_files import FILE, delta_file
 
-    inspection.show(inspection.describe(file, base), depth, as_json)
+    named = delta_file(file) if (file / FILE).is_file() else file  # a chain is a folder, too
+    inspection.show(inspection.describe(named, base), depth, as_json)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -41,22 +43,24 @@ def verify(
 
 _MODEL = "a safetensors file, shards with an index, or a model folder"
 Base = Annotated[str, typer.Option("--base", help=f"The base model: {_MODEL}.")]
+Delta = Annotated[Path, typer.Argument(help="A delta file, or a tuned or published folder.")]
 Tuned = Annotated[str, typer.Argument(help=f"The tuned model: {_MODEL}.")]
 Result = Annotated[Path, typer.Option("--out", "-o", help="Where the new model goes.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what stands at --out.")]
 
 
 @app.command(rich_help_panel=PANEL)
-def apply(delta: Path, base: Base, out: Result, force: Force = False, as_json: AsJson = False) -> None:
+def apply(delta: Delta, base: Base, out: Result, force: Force = False, as_json: AsJson = False) -> None:
     """Write base + delta as a new model, bit for bit what was trained."""
     from pipeline.artifacts import application
+    from pipeline.artifacts.delta_files import delta_file
 
-    application.apply(delta, base, out, force=force).show(as_json)
+    application.apply(delta_file(delta), base, out, force=force).show(as_json)
 
 
 @app.command(rich_help_panel=PANEL)
 def revert(
-    delta: Path,
+    delta: Delta,
     tuned: Tuned,
     out: Result,
     base: Annotated[
@@ -67,8 +71,9 @@ def revert(
 ) -> None:
     """Write the base again, from a tuned model and its delta."""
     from pipeline.artifacts import application
+    from pipeline.artifacts.delta_files import delta_file
 
-    application.revert(delta, tuned, out, base, force=force).show(as_json)
+    application.revert(delta_file(delta), tuned, out, base, force=force).show(as_json)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -89,7 +94,7 @@ def diff(
 
 @app.command(rich_help_panel=PANEL)
 def compose(
-    deltas: Annotated[list[Path], typer.Argument(help="Deltas of one base.")],
+    deltas: Annotated[list[Path], typer.Argument(help="Deltas of one base: files, or tuned folders.")],
     base: Base,
     out: Annotated[Path, typer.Option("--out", "-o", help="The delta file to write.")],
     method: Annotated[str, typer.Option("--method", "-m", help="add, ties or dare.")] = "add",
@@ -107,10 +112,11 @@ def compose(
 ) -> None:
     """Compose deltas of one base into one: a weighted sum, TIES or DARE."""
     from pipeline.artifacts import composition
+    from pipeline.artifacts.delta_files import delta_file
 
     done = composition.compose(
-        deltas, base, out, method, weights=weight, density=density, drop=drop, seed=seed, head=head,
-        buffers=buffers, report=report, force=force,
+        [delta_file(delta) for delta in deltas], base, out, method, weights=weight, density=density, drop=drop,
+        seed=seed, head=head, buffers=buffers, report=report, force=force,
     )  # fmt: skip
     done.show(as_json)
     if report and not as_json:
@@ -119,7 +125,7 @@ def compose(
 
 @app.command(rich_help_panel=PANEL)
 def export(
-    delta: Path,
+    delta: Delta,
     base: Base,
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for dense and peft, else a file.")],
     to: Annotated[str, typer.Option("--to", help="dense, peft, git-theta or vllm.")],
@@ -129,5 +135,6 @@ def export(
 ) -> None:
     """Write a delta for another tool: a dense model, PEFT, git-theta or vLLM."""
     from pipeline.artifacts import exporting
+    from pipeline.artifacts.delta_files import delta_file
 
-    exporting.export(delta, base, to, out, whole=whole, force=force).show(as_json)
+    exporting.export(delta_file(delta), base, to, out, whole=whole, force=force).show(as_json)
