@@ -143,6 +143,14 @@ def write_bert(folder):
 
 
 @pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A folder with a tiny BERT encoder and its tokenizer; tests must not change it."""
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    write_bert(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def template(tmp_path_factory):
     """The project before its first repro, made once."""
     root = tmp_path_factory.mktemp("template") / "project"
