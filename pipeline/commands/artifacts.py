@@ -1,4 +1,4 @@
-"""`fishmask inspect|verify|apply|revert|diff|compose|export`: masks and deltas as files."""
+"""`fishmask inspect|verify|apply|revert|swap|diff|compose|export`: masks and deltas as files."""
 
 from pathlib import Path
 from typing import Annotated
@@ -74,6 +74,23 @@ def revert(
     from pipeline.artifacts.delta_files import delta_file
 
     application.revert(delta_file(delta), tuned, out, base, force=force).show(as_json)
+
+
+@app.command(rich_help_panel=PANEL)
+def swap(
+    deltas: Annotated[list[Path], typer.Argument(help="Deltas of one base: files, or tuned folders.")],
+    base: Base,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often to go through all of them.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Hold one base in memory, become each variant in turn, check every bit, and time it against reloading."""
+    import json
+
+    from pipeline.artifacts import swapping
+    from pipeline.artifacts.delta_files import delta_file
+
+    facts = swapping.rehearse([delta_file(delta) for delta in deltas], base, rounds=rounds)
+    print(json.dumps(facts)) if as_json else swapping.show(facts)
 
 
 @app.command(rich_help_panel=PANEL)

@@ -9,7 +9,7 @@ from pipeline.deltas import swap
 from pipeline.deltas.base import Base, Undo
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.origin import decode_
-from pipeline.deltas.target import Layout, Target, persistent_buffers
+from pipeline.deltas.target import Layout, Model, Target, persistent_buffers
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex, digest_of_digests
@@ -22,7 +22,7 @@ class Variants:
     of the two deltas only, all or nothing. Nothing drifts, since values are overwritten.
 
     Args:
-        model: the base, plain or wrapped, on any device.
+        model: the base: a module, plain or wrapped, or a state dict, which is overwritten in place; on any device.
         deltas: name -> delta of this base. The values of thin files are decoded.
 
     Attributes:
@@ -31,12 +31,19 @@ class Variants:
 
     Raises:
         MismatchError: if a delta is of another model or base; names it.
+        ParamsError: if a state dict is given without a delta.
     """
 
-    def __init__(self, model: nn.Module, deltas: Mapping[str, Delta]) -> None:
+    def __init__(self, model: Model, deltas: Mapping[str, Delta]) -> None:
         self.model = model
         self.active: str | None = None
-        base = Target(model, Layout.of(model), persistent_buffers(model))
+        if isinstance(model, nn.Module):
+            base = Target(model, Layout.of(model), persistent_buffers(model))
+        else:  # which of its tensors are parameters, and which are tied, only a delta tells
+            lead = next(iter(deltas.values()), None)
+            if lead is None:
+                raise ParamsError("a state dict has no variants without a delta; give one, or a module")
+            base = Target(model, lead.layout, lead.buffers)
         digests = base.digests()
         for name, delta in deltas.items():
             try:
@@ -58,7 +65,7 @@ class Variants:
     def __contains__(self, name: object) -> bool:
         return name in self._deltas
 
-    def use(self, name: str | None) -> nn.Module:
+    def use(self, name: str | None) -> Model:
         """Become a variant.
 
         Args:

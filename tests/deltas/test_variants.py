@@ -139,3 +139,15 @@ def test_a_model_that_was_changed_in_between_is_refused_as_it_is() -> None:
         with pytest.raises(MismatchError, match="tensor '3.bias' does not hold"):
             variants.use(name)
         assert variants.active == "a" and holds(variants.model, changed)
+
+
+def test_a_state_dict_has_variants_too_but_not_without_a_delta() -> None:
+    base, models, deltas = family()
+    state = copy.deepcopy(base.state_dict())
+    variants = Variants(state, deltas)
+    for name in ("d", "a", None, "b"):
+        assert variants.use(name) is state
+        wanted = (models[name] if name else base).state_dict()
+        assert all(same_bits(tensor, wanted[key]) for key, tensor in state.items())
+    with pytest.raises(ParamsError, match="no variants without a delta"):
+        Variants(state, {})
