@@ -158,7 +158,7 @@ def check_out(out: Path, inputs: Iterable[Path | None], *, force: bool, folder: 
         folder: a folder will be written, else a file.
 
     Raises:
-        ParamsError: if it is an input, a folder in an input or around one, of the other kind, or exists.
+        ParamsError: if it is an input, a part of one or a folder around one, of the other kind, or exists.
     """
     if out.exists() and out.is_dir() != folder:
         kinds = "a folder; name a file" if out.is_dir() else "a file; name a folder"
@@ -166,7 +166,8 @@ def check_out(out: Path, inputs: Iterable[Path | None], *, force: bool, folder: 
     place = out.resolve()
     for path in filter(None, inputs):
         source = path.resolve()
-        inside, around = folder and source in place.parents, folder and place in source.parents
+        inside = source in place.parents and (folder or out.exists())  # a new file beside what is read is fine
+        around = folder and place in source.parents
         if place == source or inside or around:
             how = "is" if place == source else "lies in" if inside else "holds"
             raise ParamsError(f"{out}: {how} {path}, which is read; write elsewhere")

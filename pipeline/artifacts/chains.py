@@ -6,13 +6,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
+from pipeline.artifacts.application import Done, check_out, located
+from pipeline.artifacts.checkpoints import Checkpoint
+from pipeline.artifacts.rewriting import write_tensors
+from pipeline.atomic_folder import replace_folder
 from pipeline.deltas.chain import Chain
 from pipeline.deltas.steps import PARTS
-from pipeline.errors import ModelError, ParamsError
-from pipeline.files import write_bytes
+from pipeline.deltas.target import Model
+from pipeline.errors import MismatchError, ParamsError
+from pipeline.parameters import tensor_bytes
 from pipeline.tasks.saved import load_model, save_model
 
 
@@ -20,21 +23,24 @@ def describe(folder: Path) -> dict[str, Any]:
     """Describe a chain.
 
     Returns:
-        Its provenance, one row a step, and its bytes: ``steps_bytes`` and ``bytes`` (with the base), and what
-        ``dense_bytes`` the same states take as dense checkpoints; ``ratio`` is dense / sparse.
+        Its provenance; ``steps``, a row each with ``bytes`` on disk and their ``sizes`` by kind of content; its
+        ``steps_bytes`` and ``bytes`` (with the base), and what ``dense_bytes`` the same states take as dense
+        checkpoints, of ``state_bytes`` each; ``ratio`` is dense / sparse.
     """
     chain = Chain.open(folder)
     rows = [
-        {"step": step.number, "values": step.count, "bytes": step.nbytes, "state": step.state, "info": step.info}
+        {"step": step.number, "after": step.after, "state": step.state, "mask": step.mask, "count": step.count}
+        | {"bytes": sum(step.nbytes.values()), "sizes": step.nbytes, "info": step.info}
         for step in chain.steps
     ]
     return {
-        "folder": str(folder),
+        "file": str(folder),
+        "format": "fishmask-chain",
         "info": chain.info,
         "keeps_base": chain.keeps_base,
         "state_bytes": chain.state_nbytes,
         "steps": rows,
-        "steps_bytes": sum(sum(step.nbytes.values()) for step in chain.steps),
+        "steps_bytes": sum(row["bytes"] for row in rows),
         "bytes": chain.nbytes,
         "dense_bytes": chain.dense_nbytes,
         "ratio": chain.dense_nbytes / chain.nbytes,
@@ -48,10 +54,9 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
         return
     table = Table("step", *(Column(part, justify="right") for part in ("count", *PARTS, "bytes")), "info")
     for row in facts["steps"]:
-        parts = [f"{row['bytes'][part]:,}" for part in PARTS]
+        parts = [f"{row['sizes'][part]:,}" for part in PARTS]
         info = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row["info"].items())
-        total = f"{sum(row['bytes'].values()):,}"
-        table.add_row(str(row["step"]), f"{row['values']:,}", *parts, total, info)
+        table.add_row(str(row["step"]), f"{row['count']:,}", *parts, f"{row['bytes']:,}", info)
     console = Console()
     console.print(table, width=max(console.width, 130), crop=False)
     count, steps, dense = len(facts["steps"]), facts["steps_bytes"], facts["state_bytes"]
@@ -63,44 +68,61 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
     )
 
 
-def restore(folder: Path, step: int, out: Path, base: str | None) -> str:
+def restore(folder: Path, step: int, out: Path, base: str | None, *, force: bool = False) -> Done:
     """Write a state of a chain as a model.
 
     Args:
         folder: the chain's.
         step: which; -1 for the newest, 0 for the base.
-        out: a ``.safetensors`` file; or a new model folder, where the chain says what its model is.
-        base: the base, where the chain does not keep it; a safetensors file or a model source. Without it the
-            model that the chain names is loaded.
+        out: a ``.safetensors`` file; or a model folder, where the chain says what its model is.
+        base: the base, where the chain does not keep it, as ``application.apply`` takes it. Without it the model
+            that the chain names is loaded.
+        force: replace what stands at ``out``.
 
     Returns:
-        One line that says what was written.
+        What was written.
 
     Raises:
-        ParamsError: if a folder is asked for and the chain does not say what its model is.
-        ModelError: if ``base`` cannot be read.
+        ParamsError: if a folder is asked for and the chain does not say what its model is, or ``out`` would lose
+            something.
     """
     chain = Chain.open(folder)
     source = chain.info.get("model")
-    if not chain.keeps_base and (base or source):
-        if base and base.endswith(".safetensors"):
-            try:
-                chain = Chain.open(folder, base=load_file(base))
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{base}: is no readable safetensors file ({error})") from None
-        else:
-            chain = Chain.open(folder, base=load_model(base or str(source), info=chain.info))
-    if out.suffix == ".safetensors":
-        write_bytes(out, save(chain.state(step), {"format": "pt"}))
-    elif source is None:
+    asked, alone = base or source, out.suffix == ".safetensors"
+    path = located(str(asked)) if asked and not chain.keeps_base else None
+    check_out(out, [folder, path], force=force, folder=not alone)
+    if not alone and source is None:
         raise ParamsError(
             f"{folder}: does not say what its model is; name a .safetensors file with --out, not {out}"
         )
+    if asked and not chain.keeps_base:
+        chain = Chain.open(folder, base=_base(str(asked), path, chain))
+    if alone:
+        state = chain.state(step, copy=False)
+        forms = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+        write_tensors(out, forms, lambda name: [tensor_bytes(state[name])], {"format": "pt"})
     else:
         model = load_model(str(source), info=chain.info)
         chain.restore_(model, step)
-        save_model(model, str(source), out)
-    return f"{out}: step {step if step >= 0 else ([0] + [s.number for s in chain.steps])[step]} of {folder}"
+        with replace_folder(out) as made:
+            save_model(model, str(source), made)
+    number = step if step >= 0 else [0, *(step.number for step in chain.steps)][step]
+    state_digest = chain.digest(number)
+    line = f"{out}: step {number} of {folder}, state {state_digest[:12]}"
+    return Done(line, {"out": str(out), "step": number, "state": state_digest})
+
+
+def _base(source: str, path: Path | None, chain: Chain) -> Model:
+    """The base of a chain: its files' tensors, each read when asked for, or built where they lack some."""
+    if path is None:
+        return load_model(source, info=chain.info)
+    layout = chain.layout
+    view = Checkpoint.open(path).named_like([*layout.parameters, *layout.ties])
+    lacking = [name for name in layout.parameters if name not in view]
+    if lacking and view.alone:
+        raise MismatchError(f"{source}: lacks tensor '{lacking[0]}' of the chain; name its base")
+    same = not lacking and all(view.entries[name].dtype == form[0] for name, form in layout.parameters.items())
+    return view if same or view.alone else load_model(source, info=chain.info)
 
 
 def squash(folder: Path, first: int, last: int) -> str:

@@ -7,8 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import application, chart
-from pipeline.deltas.chain import Chain
+from pipeline.artifacts import application, chains, chart
 from pipeline.deltas.delta import Delta
 from pipeline.errors import ArtifactError, ParamsError
 from pipeline.files import format_of, read_header
@@ -43,7 +42,7 @@ def describe(path: Path, base: str | None = None) -> dict[str, Any]:
     """Describe an artifact file, or the folder of a chain.
 
     Args:
-        path: a mask, delta or ranking; or a chain's folder, which is described by its ``steps`` instead of layers.
+        path: a mask, delta or ranking; or a chain's folder, for which see ``chains.describe``.
         base: the base model of a delta, as in ``application.apply``: to measure the change against.
 
     Returns:
@@ -55,7 +54,7 @@ def describe(path: Path, base: str | None = None) -> dict[str, Any]:
         ParamsError: if a base is given for what is no delta.
     """
     if path.is_dir() and base is None:
-        return _chain(path)
+        return chains.describe(path)
     artifact = load(path)
     mask = artifact if isinstance(artifact, Mask) else artifact.mask
     kind, size = format_of(path), path.stat().st_size
@@ -67,7 +66,7 @@ def describe(path: Path, base: str | None = None) -> dict[str, Any]:
     if isinstance(artifact, Delta):
         facts |= {
             "mask": mask.digest,
-            "keeps base": artifact.known.values is not None,
+            "keeps_base": artifact.known.values is not None,
             "buffers": {name: list(buffer.shape) for name, buffer in artifact.buffers.items()},
         }
         forms = artifact.layout.parameters
@@ -99,7 +98,7 @@ def show(facts: dict[str, Any], depth: int | None, as_json: bool) -> None:
         as_json: print JSON: the facts, and ``groups`` where a depth is given.
     """
     if "steps" in facts:
-        _show_chain(facts, as_json)
+        chains.show(facts, as_json)
         return
     layers = facts["layers"]
     if as_json:
@@ -110,41 +109,6 @@ def show(facts: dict[str, Any], depth: int | None, as_json: bool) -> None:
         print(f"{key:<11} {value}")
     rows = chart.grouped(layers, depth or chart.readable_depth(layers))
     print("\n".join(["", *chart.lines(_chosen(rows), chart.terminal_width())]))
-
-
-def _chain(folder: Path) -> dict[str, Any]:
-    """Describe a chain: its bytes against dense checkpoints, and a row a step."""
-    chain = Chain.open(folder)
-    steps = [
-        {
-            "name": f"step {step.number}",
-            "count": step.count,
-            "bytes": sum(step.nbytes.values()),
-            "state": step.state,
-        }
-        | {"after": step.after, "mask": step.mask, "sizes": step.nbytes, "info": step.info}
-        for step in chain.steps
-    ]
-    facts = {
-        "file": str(folder),
-        "format": "fishmask-chain",
-        "bytes": chain.nbytes,
-        "keeps base": chain.keeps_base,
-    }
-    facts |= {"dense_bytes": chain.dense_nbytes, "ratio": chain.dense_nbytes / chain.nbytes}
-    return facts | {"info": chain.info, "steps": steps}
-
-
-def _show_chain(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(facts))
-        return
-    for key in ("file", "format"):
-        print(f"{key:<11} {facts[key]}")
-    base = "with its base" if facts["keeps base"] else "without its base"
-    print(f"{'bytes':<11} {facts['bytes']:,}: {len(facts['steps'])} steps, {base}")
-    print(f"{'dense':<11} {facts['dense_bytes']:,} bytes, {facts['ratio']:,.1f} times as many")
-    print("\n".join(["", *chart.lines(facts["steps"], chart.terminal_width())]))
 
 
 def _chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

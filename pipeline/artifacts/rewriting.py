@@ -113,17 +113,28 @@ def _write_shard(source: Checkpoint, edit: Edit, file: str, names: list[str], pa
         origin[source.written(name)] = name
     mode = _mode(source.folder / file)
     metadata = source.metadata[file]
-    return _write_tensors(path, forms, lambda name: edit.parts(source, origin[name]), metadata, mode)
+    return write_tensors(path, forms, lambda name: edit.parts(source, origin[name]), metadata, mode)
 
 
-def _write_tensors(
+def write_tensors(
     path: Path,
     forms: Mapping[str, tuple[torch.dtype, Shape]],
     parts_of: Callable[[str], Iterable[memoryview]],
     metadata: Mapping[str, str] | None,
-    mode: int | None,
+    mode: int | None = None,
 ) -> int:
-    """Write a safetensors file, byte for byte as that library does, one tensor in memory at a time."""
+    """Write a safetensors file, byte for byte as that library does, one tensor in memory at a time.
+
+    Args:
+        path: the file.
+        forms: name -> dtype and shape.
+        parts_of: gives the bytes of a tensor.
+        metadata: of its header.
+        mode: permissions of a new file.
+
+    Returns:
+        Bytes of tensors written.
+    """
     order = sorted(forms, key=lambda name: (-_RANKS[forms[name][0]], name))
     head: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson
+from pipeline.commands.options import AsJson, Force
 
 app = typer.Typer()
 PANEL = "Masks and deltas"
@@ -46,7 +46,6 @@ Base = Annotated[str, typer.Option("--base", help=f"The base model: {_MODEL}.")]
 Delta = Annotated[Path, typer.Argument(help="A delta file, or a tuned or published folder.")]
 Tuned = Annotated[str, typer.Argument(help=f"The tuned model: {_MODEL}.")]
 Result = Annotated[Path, typer.Option("--out", "-o", help="Where the new model goes.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what stands at --out.")]
 
 
 @app.command(rich_help_panel=PANEL)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, Method, Out, Seed, Sets, Task, Track
+from pipeline.commands.options import AsJson, Force, Method, Out, Seed, Sets, Task, Track
 from pipeline.commands.stages import run_stage
 
 app = typer.Typer(
@@ -40,14 +40,16 @@ def checkpoint_list(folder: Path, as_json: AsJson = False) -> None:
 @app.command("restore")
 def checkpoint_restore(
     folder: Path,
-    out: Annotated[Path, typer.Option("--out", "-o", help="A .safetensors file, or a new model folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A .safetensors file, or a model folder.")],
     step: Annotated[int, typer.Option("--step", help="0 is the base, -1 the newest.")] = -1,
     base: Annotated[str | None, typer.Option("--base", help="The base, where the chain keeps none.")] = None,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write any state of a chain as a model, bit for bit."""
     from pipeline.artifacts import chains
 
-    print(chains.restore(folder, step, out, base))
+    chains.restore(folder, step, out, base, force=force).show(as_json)
 
 
 @app.command("squash")

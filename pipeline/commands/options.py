@@ -16,4 +16,5 @@ Sets = Annotated[
 ]
 Density = Annotated[float | None, typer.Option("--density", help="Updated / all parameters; needs --out.")]
 Track = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Log to MLflow.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what stands at --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -116,6 +116,11 @@ class Chain:
         return self._folder.root.info
 
     @property
+    def layout(self) -> Layout:
+        """Names, dtypes and shapes of all parameters."""
+        return self._folder.root.layout
+
+    @property
     def keeps_base(self) -> bool:
         """Whether the folder holds the base's parameters."""
         return self._folder.root.keeps_values
@@ -160,11 +165,27 @@ class Chain:
         self._writer.append(model, mask, about)
         return self.steps[-1]
 
-    def state(self, step: int = -1) -> dict[str, Tensor]:
+    def digest(self, step: int = -1) -> str:
+        """Tell the digest of a state.
+
+        Args:
+            step: which.
+
+        Returns:
+            The digest of all its parameters and buffers.
+
+        Raises:
+            ParamsError: if there is no such step.
+        """  # noqa: DOC502 - raised by what it calls
+        return self._states.digest(self._states.lineage(step))
+
+    def state(self, step: int = -1, *, copy: bool = True) -> dict[str, Tensor]:
         """Read a state.
 
         Args:
             step: which.
+            copy: False saves memory: what the step did not change is the base's, mapped from its file, and must
+                not be written on.
 
         Returns:
             Every parameter (a tied weight under its first name) and persistent buffer, on the CPU.
@@ -174,7 +195,7 @@ class Chain:
             ArtifactError: if a file is corrupt; names it.
         """  # noqa: DOC502 - raised by what it calls
         parameters, buffers = self._states.read(self._states.lineage(step), self._states.source)
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in {**parameters, **buffers}.items()}
+        return {name: tensor.detach().to("cpu", copy=copy) for name, tensor in {**parameters, **buffers}.items()}
 
     def restore_(self, model: Model, step: int = -1) -> None:
         """Turn a model into a state, bit for bit, all or nothing: the result is digested before the first write.

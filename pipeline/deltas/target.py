@@ -87,7 +87,7 @@ class Target:
         self.parameters: dict[str, Tensor] = {}
         self.copies: dict[str, list[Tensor]] = {}
         for name, (dtype, shape) in layout.parameters.items():
-            found = {id(have[alias]): have[alias] for alias in names[name] if alias in have}
+            found = {id(tensor): tensor for tensor in (have[alias] for alias in names[name] if alias in have)}
             if not found:
                 raise MismatchError(f"tensor '{name}' {list(shape)} of the delta's base is not in this model")
             for tensor in found.values():

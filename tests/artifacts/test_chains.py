@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import Chain, Mask, ParameterIndex, cli
+from tests.artifacts.test_application import tune, write_base
 
 
 @pytest.fixture
@@ -68,7 +71,9 @@ def test_list_counts_the_bytes_on_the_disk(tmp_path, states, kept, run):
 def test_restore_writes_each_state(tmp_path, states, kept, run):
     base = () if kept else ("--base", tmp_path / "base.safetensors")
     for step in (0, 1, 2, 3, 4, -1, -2):
-        code, out, _ = run("restore", tmp_path / "chain", "--step", step, "-o", tmp_path / "s.safetensors", *base)
+        code, out, _ = run(
+            "restore", tmp_path / "chain", "--step", step, "-o", tmp_path / "s.safetensors", *base, "--force"
+        )
         number = step if step >= 0 else 5 + step
         assert code == 0 and f"step {number} of" in out
         written = load_file(tmp_path / "s.safetensors")
@@ -78,6 +83,9 @@ def test_restore_writes_each_state(tmp_path, states, kept, run):
         (("--step", "9"), "has no step 9; it has 1, 2, 3, 4", 2),
         (("-o", tmp_path / "folder"), "does not say what its model is", 2),
         (("-o", tmp_path / "no" / "s.safetensors"), "create the folder first", 7),
+        (("-o", tmp_path / "s.safetensors"), "exists; add --force to replace it", 2),
+        (("-o", tmp_path / "chain" / "base.safetensors", "--force"), "lies in", 2),
+        (("-o", tmp_path / "chain", "--force"), "is " + str(tmp_path / "chain"), 2),
     ):
         given = ("-o", tmp_path / "x.safetensors", *arguments, *base)
         code, _, err = run("restore", tmp_path / "chain", *given)
@@ -93,7 +101,7 @@ def test_squash_and_prune_keep_what_they_say(tmp_path, states, kept, run):
     assert run("prune", chain, "--step", 3, "--step", 4)[0] == 0
     assert run("prune", chain, "--keep", 2)[1].startswith("2 steps, ")
     for step in (3, 4):
-        assert run("restore", chain, "--step", step, "-o", out, *base)[0] == 0
+        assert run("restore", chain, "--step", step, "-o", out, *base, "--force")[0] == 0
         assert all(torch.equal(load_file(out)[name], tensor) for name, tensor in states[step].items())
     for arguments, part in (
         (("squash", chain, 4, 3), "has no steps 4 to 3 to join; it has 3, 4"),
@@ -127,7 +135,66 @@ def test_a_chain_that_names_its_model_is_restored_as_a_folder(tmp_path, run):
     with torch.no_grad():
         model.classifier.weight.normal_()
     chain.append(model, mask)
-    code, _, err = run("restore", tmp_path / "chain", "-o", tmp_path / "tuned")
-    assert code == 0, err
+    before = {file: file.read_bytes() for file in (tmp_path / "chain").iterdir()}
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "stale.txt").write_text("of an older model")
+    assert "--force" in run("restore", tmp_path / "chain", "-o", tmp_path / "tuned")[2]
+    code, _, err = run("restore", tmp_path / "chain", "-o", tmp_path / "tuned", "--force")
+    assert code == 0 and not (tmp_path / "tuned" / "stale.txt").exists(), err
+    assert {file: file.read_bytes() for file in (tmp_path / "chain").iterdir()} == before
     tuned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
     assert all(torch.equal(tuned.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["folder", "shards", "index", "file"])
+def test_the_base_may_be_given_as_any_checkpoint(tmp_path, run, layout):
+    from transformers import AutoModelForSequenceClassification
+
+    source = write_base(tmp_path / "bert", layout, head=True)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")
+    chain = Chain.create(tmp_path / "chain", model, keep_base=False)
+    mask = tune(model, 1)
+    chain.append(model, mask)
+    out = tmp_path / "s.safetensors"
+    code, said, err = run("restore", tmp_path / "chain", "-o", out, "--base", source, "--json")
+    assert code == 0, err
+    assert json.loads(said) == {"out": str(out), "step": 1, "state": chain.steps[-1].state}
+    written = load_file(out)
+    assert written.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in model.named_parameters())
+    code, _, err = run("restore", tmp_path / "chain", "-o", out, "--base", out, "--force")
+    assert code == 2 and "which is read" in err
+    shutil.copy(out, tmp_path / "tuned.safetensors")
+    code, _, err = run(
+        "restore", tmp_path / "chain", "-o", out, "--base", tmp_path / "tuned.safetensors", "--force"
+    )
+    assert code == 6 and "is not the delta's base" in err
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from pipeline.artifacts import chains
+from pipeline.deltas.chain import Chain
+
+Chain.open(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+chains.restore(Path(sys.argv[1]), -1, Path(sys.argv[2]), None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_restoring_a_file_holds_one_state_at_most(tmp_path):
+    """What a step leaves alone is written from the base's file, and no copy of the whole is made."""
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24)))  # 96 MiB
+    chain = Chain.create(tmp_path / "chain", model)
+    mask = Mask(ParameterIndex.of(model), {"0.weight": torch.arange(9)})
+    with torch.no_grad():
+        model[0].weight.view(-1)[:9] += 1
+    chain.append(model, mask)
+    out = tmp_path / "out.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path / "chain", out], capture_output=True, text=True, check=True
+    )
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in load_file(out).items())
+    assert int(done.stdout) < 1.2 * chain.state_nbytes / 1024

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.artifacts import inspection
@@ -112,15 +113,14 @@ def test_a_chain_is_described_step_by_step(tmp_path, run):
                 parameter.view(-1)[mask.indices[name]] += 1
         chain.append(model, mask)
     facts = json.loads(run(tmp_path / "chain", "--json"))
-    assert [(row["name"], row["count"]) for row in facts["steps"]] == [
-        ("step 1", masks[0].nnz),
-        ("step 2", masks[1].nnz),
-    ]
+    assert [(row["step"], row["count"]) for row in facts["steps"]] == [(1, masks[0].nnz), (2, masks[1].nnz)]
     files = sum(file.stat().st_size for file in (tmp_path / "chain").glob("*.safetensors"))
     assert facts["bytes"] == files and facts["ratio"] == facts["dense_bytes"] / files
-    text = run(tmp_path / "chain", columns=60)
-    assert "2 steps, with its base" in text and "step 2 " in text and "█" in text
-    assert all(len(line) <= 60 for line in text.split("\n\n")[1].splitlines())
+    assert sum(row["bytes"] for row in facts["steps"]) == facts["steps_bytes"] < files
+    assert all(sum(row["sizes"].values()) == row["bytes"] for row in facts["steps"])
+    for options in ((), ("--json",)):  # one description, whichever command is asked
+        listed = CliRunner().invoke(cli.app, ["checkpoint", "list", str(tmp_path / "chain"), *options])
+        assert run(tmp_path / "chain", *options, columns=200) == listed.stdout
 
 
 def test_a_base_that_is_not_the_deltas_is_refused(folder):
