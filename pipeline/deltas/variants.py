@@ -1,6 +1,7 @@
 """One base in memory and many deltas: switch between the trained models that they stand for in milliseconds."""
 
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -14,8 +15,10 @@ from pipeline.errors import MismatchError, ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex, digest_of_digests
 
+M = TypeVar("M", bound=Model)
 
-class Variants:
+
+class Variants(Generic[M]):
     """A model that becomes any of several trained ones, or its base again, in place and bit for bit.
 
     Every delta is verified against the base once, here; a switch then verifies and writes the values and buffers
@@ -34,7 +37,7 @@ class Variants:
         ParamsError: if a state dict is given without a delta.
     """
 
-    def __init__(self, model: Model, deltas: Mapping[str, Delta]) -> None:
+    def __init__(self, model: M, deltas: Mapping[str, Delta]) -> None:
         self.model = model
         self.active: str | None = None
         if isinstance(model, nn.Module):
@@ -65,7 +68,7 @@ class Variants:
     def __contains__(self, name: object) -> bool:
         return name in self._deltas
 
-    def use(self, name: str | None) -> Model:
+    def use(self, name: str | None) -> M:
         """Become a variant.
 
         Args:
