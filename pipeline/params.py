@@ -182,28 +182,41 @@ class MethodParams(_Strict):
 
 
 class SweepParams(_Strict):
-    """The cells of Figure 2."""
-
-    tasks: list[str]
-    methods: list[str]
-    settings: list[str]
-
-
-class CheckpointGrid(_Strict):
-    """The cells of Table 4, and those that show what decaying frozen weights costs."""
+    """Cells that are crossed, such as those of Figure 2; none by default."""
 
     tasks: list[str] = []
     methods: list[str] = []
     settings: list[str] = []
-    leak: SweepParams | None = None
 
     @property
     def cells(self) -> set[tuple[str, str, str]]:
         """Every (task, method, setting)."""
-        cells = set(product(self.tasks, self.methods, self.settings))
-        if self.leak is not None:
-            cells |= set(product(self.leak.tasks, self.leak.methods, self.leak.settings))
-        return cells
+        return set(product(self.tasks, self.methods, self.settings))
+
+
+class CheckpointGrid(SweepParams):
+    """The cells of Table 4, and those that show what decaying frozen weights costs."""
+
+    leak: SweepParams = SweepParams()
+
+    @property
+    def cells(self) -> set[tuple[str, str, str]]:
+        """Every (task, method, setting)."""
+        return super().cells | self.leak.cells
+
+
+class DistributeGrid(_Strict):
+    """The cells of Tables 2 and 3: sparse methods, and what dense training is compared with at fewer settings."""
+
+    table2: SweepParams = SweepParams()
+    table2_dense: SweepParams = SweepParams()
+    table3: SweepParams = SweepParams()
+    table3_dense: SweepParams = SweepParams()
+
+    @property
+    def cells(self) -> set[tuple[str, str, str]]:
+        """Every (task, method, setting)."""
+        return self.table2.cells | self.table2_dense.cells | self.table3.cells | self.table3_dense.cells
 
 
 class GridParams(_Strict):
@@ -216,13 +229,12 @@ class GridParams(_Strict):
     settings: list[str]
     sweep: SweepParams
     checkpoint: CheckpointGrid = CheckpointGrid()
+    distribute: DistributeGrid = DistributeGrid()
 
     @property
     def cells(self) -> set[tuple[str, str, str]]:
         """Every (task, method, setting) that the pipeline trains."""
-        return set(product(self.tasks, self.methods, self.settings)) | set(
-            product(self.sweep.tasks, self.sweep.methods, self.sweep.settings)
-        )
+        return set(product(self.tasks, self.methods, self.settings)) | self.sweep.cells
 
     @model_validator(mode="after")
     def _partition(self) -> "GridParams":
@@ -284,11 +296,16 @@ class Params(_Strict):
             for key, grid in (("grid", self.grid), ("grid.sweep", self.grid.sweep)):
                 for name in getattr(grid, section):
                     yield f"{key}.{section}", name, known
-        for task, method, setting in sorted(self.grid.checkpoint.cells):
-            yield "grid.checkpoint.tasks", task, self.tasks
-            yield "grid.checkpoint.methods", method, self.methods
-            yield "grid.checkpoint.settings", setting, self.checkpoints
-            yield f"methods.{method}.lr", task, self.methods[method].lr
+        experiments: tuple[tuple[str, CheckpointGrid | DistributeGrid, Iterable[str]], ...] = (
+            ("checkpoint", self.grid.checkpoint, self.checkpoints),
+            ("distribute", self.grid.distribute, self.distribute),
+        )
+        for stage, grid_of, settings in experiments:
+            for task, method, setting in sorted(grid_of.cells):
+                yield f"grid.{stage}.tasks", task, self.tasks
+                yield f"grid.{stage}.methods", method, self.methods
+                yield f"grid.{stage}.settings", setting, settings
+                yield f"methods.{method}.lr", task, self.methods[method].lr
         for name in self.grid.sweep.methods:
             yield "grid.sweep.methods", name, self.grid.ranked
         for task in self.grid.tasks:

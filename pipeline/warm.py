@@ -23,18 +23,23 @@ from importlib import import_module
 from pathlib import Path
 
 from pipeline.cpu import set_up_cpu
+from pipeline.process import end_with_parent
 
 SOCKET = "FISHMASK_WARM"
 """The environment variable that names the socket."""
 
 _IMPORTS = (
     "stages.runner",
+    "torch._dynamo",  # asked for by torch.optim when it makes its first optimizer
+    "torch.distributed.run",
     "pipeline.fisher",
     "pipeline.deltas.delta",
     "pipeline.deltas.format",
     "pipeline.masks.select",
     "pipeline.tasks.fetch",
-    "pipeline.tasks.fitting",
+    "pipeline.tasks.probe",
+    "pipeline.tasks.sharing",
+    "pipeline.distributed.launch",
     "pipeline.reports.page",
     "mlflow.tracking",
     "sklearn.metrics",
@@ -67,19 +72,26 @@ def warm_process() -> Iterator[dict[str, str]]:
 
 
 def hand_over() -> None:
-    """Run this process's stage in a fork of the warm process, and exit as it does; return if there is none."""
-    address = os.environ.get(SOCKET)
-    if address is None or sys.argv[:1] != ["-m"] or not sys.orig_argv[2:3] or sys.orig_argv[1] != "-m":
+    """Run this process's stage in a fork of the warm process, and exit as it does; return if there is none.
+
+    So do the workers that a stage starts under torchrun: they inherit the socket's name. A SIGTERM, or the end of
+    whoever started this process, is passed on; the fork's own end is waited for.
+    """
+    address, options = os.environ.get(SOCKET), sys.orig_argv[1:]
+    while options[:1] == ["-u"]:  # as torchrun starts its workers
+        options.pop(0)
+    if address is None or sys.argv[:1] != ["-m"] or options[:1] != ["-m"]:
         return
-    module = sys.orig_argv[2]
+    module = options[1]
     with contextlib.ExitStack() as stack:
         link = stack.enter_context(socket.socket(socket.AF_UNIX))
         try:
             link.connect(address)
         except OSError:
             return
-        environment = {key: value for key, value in os.environ.items() if key != SOCKET}
-        work = {"module": module, "argv": sys.argv[1:], "cwd": os.getcwd(), "env": environment}
+        end_with_parent()
+        signal.signal(signal.SIGTERM, lambda *_: _hang_up(link))
+        work = {"module": module, "argv": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}
         socket.send_fds(link, [json.dumps(work).encode()], [0, 1, 2])
         answer = link.recv(16)
     if not answer:
@@ -88,10 +100,14 @@ def hand_over() -> None:
     os._exit(int(answer or b"1"))
 
 
+def _hang_up(link: socket.socket) -> None:
+    """Tell the fork to stop, as ``_end_with`` hears it; its exit code can still come."""
+    with contextlib.suppress(OSError):
+        link.shutdown(socket.SHUT_WR)
+
+
 def serve(number: int) -> None:
     """Import what stages need, then fork one child for each that asks at the socket; ends with its parent."""
-    from pipeline.process import end_with_parent
-
     set_up_cpu()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them

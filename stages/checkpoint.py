@@ -39,7 +39,8 @@ def run(stage: Stage) -> None:
     recipe |= {key: value for key in ("epochs", "weight_decay") if (value := getattr(setting, key)) is not None}
     if setting.examples is not None:
         score = score.model_copy(update={"examples": [setting.examples]})
-    density, head = setting.density or stage.of_task("density"), stage.of_task("head")
+    density, head = stage.of_task("density"), stage.of_task("head")
+    density = setting.density or density
     use_threads(stage.read("threads"))
     device = choose_device(stage.read("device"), stage.read("precision"))
     task = Task.load(stage.input("fetch"), stage.of_task("model"), metric)

@@ -67,11 +67,12 @@ def _work(stage: Stage, wanted: Any, device: Device, world: Collectives, debug: 
     """Train every seed; rank 0 alone holds the cell, and talks to MLflow and to the outputs."""
     cell, train = stage.cell, stage.of_task("train")
     score = stage.of_task("score").variant(method_named(cell.method or "").variant)
-    metric, lr = stage.of_task("metric"), stage.read(f"methods.{cell.method}.lr.{cell.task}")
+    density, metric = stage.of_task("density"), stage.of_task("metric")
+    lr = stage.read(f"methods.{cell.method}.lr.{cell.task}")
     task = Task.load(stage.input("fetch"), stage.of_task("model"), metric)
     sharing = Sharing(
         method=cell.method or "",
-        density=wanted.density or stage.of_task("density"),
+        density=wanted.density or density,
         head=tuple(stage.of_task("head")),
         score={"examples": wanted.examples or score.examples[-1], **score.how()},
         outer=(wanted.outer.lr, wanted.outer.momentum) if wanted.outer else None,

@@ -3,12 +3,18 @@
 import json
 import re
 import sys
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
 
 from pipeline.params import Params
+from pipeline.workspace import Cell, Workspace
+from stages import aggregate
+from stages.runner import Stage
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "dev"))
@@ -26,6 +32,7 @@ CORE = [
     "deltas",
     "training",
 ]
+EXPERIMENTS = ("checkpoint", "distribute")
 HEAVY = {"mlflow", "dvc", "datasets", "typer", "pydantic", "transformers", "pyarrow", "sklearn", "rich"}
 
 
@@ -53,7 +60,7 @@ def test_the_declared_params_are_the_read_ones():
     params = Params.load(ROOT / "params.yaml")
     checked = 0
     for name, stage in STAGES.items():
-        if "metrics" not in stage:
+        if "metrics" not in stage or name.partition("-")[0] in EXPERIMENTS:
             continue
         folder = ROOT / "metrics" / re.search(r"stages\.(\w+)", stage["cmd"]).group(1)
         for item in items(stage.get("matrix", {}), params):
@@ -65,6 +72,35 @@ def test_the_declared_params_are_the_read_ones():
     assert checked > 30
 
 
+class Stop(Exception):
+    """The stage has read what it reads, and would begin its work."""
+
+
+@pytest.mark.parametrize("profile", ["demo", "cifar"])
+@pytest.mark.parametrize("name", [name for name in STAGES if name.partition("-")[0] in EXPERIMENTS])
+def test_an_experiment_reads_the_params_that_are_declared(name, profile, tmp_path, monkeypatch):
+    """Every cell of a profile's grid, up to the point where the work begins."""
+    params = Params.load(ROOT / "pipeline" / "profiles" / f"{profile}.yaml")
+    module = import_module(f"stages.{name.partition('-')[0]}")
+
+    def begin(*_, **__):
+        raise Stop
+
+    monkeypatch.setattr(module.Task, "load", lambda *_: SimpleNamespace(data_digest="0"))
+    monkeypatch.setattr(module, "use_threads", lambda count: None)
+    monkeypatch.setattr(Stage, "held", begin)
+    monkeypatch.setattr(module, "is_worker", lambda: True, raising=False)
+    for item in items(STAGES[name]["matrix"], params):
+        cell = Cell(module.__name__.removeprefix("stages."), *item.values())
+        stage = Stage(cell, params, Workspace(tmp_path, tmp_path), track=False)
+        if cell.stage == "distribute":
+            world = SimpleNamespace(rank=0, size=params.distribute[cell.setting].workers)
+            monkeypatch.setattr(module, "joined", lambda *_, world=world, **__: nullcontext(world))
+        with pytest.raises(Stop):
+            module.run(stage)
+        assert set(stage.settings) == {resolve(key, item) for key in STAGES[name]["params"]}
+
+
 def items(matrix, params):
     rows = [{}]
     for key, values in matrix.items():
@@ -74,10 +110,6 @@ def items(matrix, params):
 
 
 def test_aggregate_reads_the_params_it_declares(tmp_path):
-    from pipeline.workspace import Cell, Workspace
-    from stages import aggregate
-    from stages.runner import Stage
-
     stage = Stage(
         Cell("aggregate", "all"),
         Params.load(ROOT / "params.yaml"),
