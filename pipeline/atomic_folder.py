@@ -38,18 +38,36 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             yield temporary
             if folder.exists():
                 temporary.chmod(stat.S_IMODE(folder.stat().st_mode))
-            for inner in (*temporary.rglob("*"), temporary):
-                if inner.is_dir():
-                    sync_folder(inner)
-            _put_in_place(temporary, folder)
+            put_in_place(temporary, folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # the unfinished one, or the old one
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: {reason(error)}") from None
+
+
+def put_in_place(made: Path, folder: Path) -> None:
+    """Give a finished folder its name, at once; an old folder of that name is removed.
+
+    Args:
+        made: the folder, on the same file system.
+        folder: its name.
+
+    Raises:
+        StorageError: if it cannot be done; the old folder is as it was.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for inner in (*made.rglob("*"), made):
+            if inner.is_dir():
+                sync_folder(inner)
+        _exchange(made, folder)
+        shutil.rmtree(made, ignore_errors=True)  # where there was an old one
         sync_folder(folder.parent)
     except OSError as error:
         raise StorageError(f"{folder}: {reason(error)}") from None
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
+def _exchange(temporary: Path, folder: Path) -> None:
     """Give a folder the name that another may have, which then has the first one's."""
     if not folder.exists():
         os.rename(temporary, folder)

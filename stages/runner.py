@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.atomic_folder import put_in_place
 from pipeline.errors import FishmaskError, ParamsError, StorageError
 from pipeline.files import write_json
 from pipeline.params import Params
@@ -132,7 +133,7 @@ class Stage:
 
     def _finish(self, seconds: float, peak: float) -> None:
         for made in [*self.work.iterdir()] if self._partial else [self.work]:
-            _replace(made, self.out / made.name if self._partial else self.out)
+            put_in_place(made, self.out / made.name if self._partial else self.out)
         shutil.rmtree(self.work, ignore_errors=True)
         cell = self.cell
         identity = {k: v for k, v in vars(cell).items() if v}
@@ -188,13 +189,6 @@ def _make_empty(folder: Path) -> None:
 def _write(file: Path, document: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, document)
-
-
-def _replace(made: Path, final: Path) -> None:
-    if final.is_dir():
-        shutil.rmtree(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    made.replace(final)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,10 +13,10 @@ app = typer.Typer(help="List, show or switch the profiles of params.yaml.", no_a
 @app.command("list")
 def profile_list(as_json: AsJson = False) -> None:
     """List the profiles; a star marks the one in use."""
-    from pipeline import project
+    from pipeline import profiles
 
-    names = project.profile_names()
-    current = project.current_profile()
+    names = profiles.names()
+    current = profiles.current()
     if as_json:
         print(json.dumps({"profiles": names, "current": current}))
     else:
@@ -26,9 +26,9 @@ def profile_list(as_json: AsJson = False) -> None:
 @app.command("show")
 def profile_show(name: str) -> None:
     """Print a profile."""
-    from pipeline import project
+    from pipeline import profiles
 
-    print(project.profile_text(name), end="")
+    print(profiles.text_of(name), end="")
 
 
 @app.command("use")
@@ -37,7 +37,7 @@ def profile_use(
     force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that was edited.")] = False,
 ) -> None:
     """Make a profile the project's params.yaml."""
-    from pipeline import project
+    from pipeline import profiles
 
-    project.switch_profile(name, force=force)
+    profiles.switch(name, force=force)
     print(f"params.yaml is now the '{name}' profile")

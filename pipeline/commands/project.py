@@ -13,9 +13,9 @@ PANEL = "This project"
 @app.command(rich_help_panel=PANEL)
 def doctor(as_json: AsJson = False) -> None:
     """Show the device and why, versions, disk, and the database."""
-    from pipeline import project
+    from pipeline.doctor import print_doctor
 
-    project.print_doctor(as_json)
+    print_doctor(as_json)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -35,6 +35,6 @@ def why(
     cell: Annotated[str, typer.Argument(help="A cell such as words-fish-main.")], as_json: AsJson = False
 ) -> None:
     """Trace a number: cell, seeds, artifact hashes, MLflow run, commit."""
-    from pipeline import project
+    from pipeline.why import print_why
 
-    project.print_why(cell, as_json)
+    print_why(cell, as_json)
