@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pipeline import cli
+from pipeline import Delta, Mask, cli
 from pipeline.deltas.delta import Delta
 from pipeline.masks.mask import Mask
 
@@ -284,6 +284,15 @@ def test_doctor_and_profiles_answer_in_json(project, run):
     assert code == 0 and facts["device"].startswith("cpu") and facts["profile"] == "test"
     code, out, _ = run("profile", "list", "--json")
     assert code == 0 and "demo" in json.loads(out)["profiles"]
+
+
+def test_why_traces_a_number_to_its_files(project, run):
+    code, out, _ = run("why", "reviews-fish-main", "--json")
+    facts, metrics = json.loads(out), json.loads((project / "metrics/train/reviews-fish-main.json").read_text())
+    assert code == 0 and facts["mean"] == metrics["seeds"]["0"]["metric"]
+    assert facts["masks"] == {"0": Mask.load(MASK).digest} and facts["deltas"] == {"0": Delta.load(DELTA).digest}
+    lines = run("why", "reviews-fish-main")[1].splitlines()
+    assert "masks" in lines and f"  0  {facts['masks']['0']}" in lines and "commit    not committed" in lines
 
 
 def test_profile_use_replaces_params_only_when_nothing_is_lost(project, run):
