@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pipeline import Delta, Mask, cli
+from pipeline import cli
 from pipeline.deltas.delta import Delta
 from pipeline.masks.mask import Mask
 
