@@ -175,10 +175,18 @@ class DistributeParams(_Strict):
     lr: dict[str, Annotated[float, Field(gt=0)]] | None = None
 
 
+class LearnParams(_Strict):
+    """How a method learns its mask, at the rate of ``dense``; 0 epochs are the task's own."""
+
+    epochs: Annotated[int, Field(ge=0)] = 0
+    penalty: Annotated[float, Field(ge=0)] = 1.25e-7
+
+
 class MethodParams(_Strict):
     """A method of ``pipeline.training.methods`` by name, with its learning rate per task."""
 
     lr: dict[str, Annotated[float, Field(gt=0)]]
+    learn: LearnParams = LearnParams()
 
 
 class SweepParams(_Strict):
@@ -226,6 +234,7 @@ class GridParams(_Strict):
     methods: list[str]
     ranked: list[str]
     unranked: list[str]
+    learned: list[str] = []
     settings: list[str]
     sweep: SweepParams
     checkpoint: CheckpointGrid = CheckpointGrid()
@@ -238,8 +247,10 @@ class GridParams(_Strict):
 
     @model_validator(mode="after")
     def _partition(self) -> "GridParams":
-        if sorted(self.methods) != sorted(self.ranked + self.unranked):
-            raise ValueError("every method of grid.methods must stand in exactly one of ranked and unranked")
+        if sorted(self.methods) != sorted(self.ranked + self.unranked + self.learned):
+            raise ValueError(
+                "every method of grid.methods must stand in exactly one of ranked, unranked and learned"
+            )
         return self
 
 
@@ -317,6 +328,9 @@ class Params(_Strict):
             for method in self.grid.methods:
                 if method in self.methods:
                     yield f"methods.{method}.lr", task, self.methods[method].lr
+            if self.grid.learned:
+                yield "methods", "dense", self.methods
+                yield "methods.dense.lr", task, self.methods["dense"].lr
 
     def at(self, key: str) -> Any:
         """Look a dotted key up, such as ``tasks.words.train`` or ``methods.fish.lr.words``.

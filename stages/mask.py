@@ -2,15 +2,19 @@
 
     python -m stages.mask words fish main        # or: fishmask mask --task words --method fish
 
-Writes ``artifacts/mask/<task>-<method>-<setting>/seed-N/mask.safetensors``. Takes seconds.
+Writes ``artifacts/mask/<task>-<method>-<setting>/seed-N/mask.safetensors``. Takes seconds; a method that
+learns its mask takes as long as dense training.
 """
 
 from pipeline.masks.ranking import Ranking
 from pipeline.tasks.base import Task
-from pipeline.training.methods import mask_for, method_named
+from pipeline.tasks.choosing import Learning, choose, parameters_of
+from pipeline.training.device import choose_device
+from pipeline.training.methods import method_named
+from pipeline.training.recipe import Recipe
 from pipeline.training.resume import fingerprint
 from pipeline.workspace import VERSION, ranking_file
-from stages.runner import Stage, main
+from stages.runner import Stage, main, use_threads
 
 
 def run(stage: Stage) -> None:
@@ -22,20 +26,34 @@ def run(stage: Stage) -> None:
     density, examples = setting.density or own, (setting.examples or counts[-1]) if counts else None
     head = stage.of_task("head")
     task = Task.load(stage.input("fetch"), stage.of_task("model"), stage.of_task("metric"))
+    learning = {seed: _learning(stage, seed) if method.strategy == "learned" else None for seed in stage.seeds}
     key = fingerprint(cell=cell, settings=stage.settings, data=task.data_digest)
     with stage.held(key, data_digest=task.data_digest):
         stage.record(examples=examples)
-        for seed in stage.seeds:
+        for seed, how in learning.items():
             ranking = None
             if examples is not None:
                 folder = stage.input("score") / f"seed-{seed}"
                 ranking = Ranking.load(ranking_file(folder, method.variant, examples))
-            model = task.model(seed)
-            mask = mask_for(method.name, model, density=density, head=head, seed=seed, ranking=ranking)
+            model = task.model(seed).to(how.device.device) if how else task.model(seed)
+            _, mask = choose(
+                method.name, task, model, density=density, head=head, seed=seed, ranking=ranking, learning=how
+            )
             mask.info |= {"task": task.name, "setting": cell.setting, "seed": seed, "fishmask": VERSION}
             size = mask.save(stage.folder(seed) / "mask.safetensors")
             layers = {name: {"count": mask.count(name), "numel": mask.index.numel(name)} for name in mask.index}
-            stage.record(seed, nnz=mask.nnz, density=mask.density, bytes=size, digest=mask.digest, layers=layers)
+            share = mask.nnz / parameters_of(mask)
+            stage.record(seed, nnz=mask.nnz, density=share, bytes=size, digest=mask.digest, layers=layers)
+
+
+def _learning(stage: Stage, seed: int) -> Learning:
+    """How a method learns its mask: by the task's recipe, at the rate of dense training."""
+    use_threads(stage.read("threads"))
+    device = choose_device(stage.read("device"), stage.read("precision"))
+    train, learn = stage.of_task("train"), stage.read(f"methods.{stage.cell.method}.learn")
+    lr = stage.read(f"methods.dense.lr.{stage.cell.task}")
+    recipe = Recipe(lr=lr, seed=seed, **train.model_dump(exclude={"batch_size"}))
+    return Learning(recipe, train.batch_size, device, learn.epochs, learn.penalty)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python -m stages.train words fish main        # or: fishmask train --task words --method fish
 
 Writes ``artifacts/train/<task>-<method>-<setting>/seed-N/delta.safetensors``: mask, buffers, and trained values
-coded against the base's. On two CPU cores a seed takes 5-30 s on ``words`` and less on ``digits``. Killed at any
-moment and run again, it ends with the same bytes: an unfinished run is continued from ``.resume/``, a finished
-seed is taken from there.
+coded against the base's; for ``lora`` the folder ``adapter/`` instead, as PEFT reads it. On two CPU cores a seed
+takes 5-30 s on ``words`` and less on ``digits``. Killed at any moment and run again, it ends with the same bytes:
+an unfinished run is continued from ``.resume/``, a finished seed is taken from there.
 """
 
 import json
@@ -18,7 +18,11 @@ from pipeline.deltas.delta import Delta
 from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
+from pipeline.parameters import base_digest
+from pipeline.tasks.adapters import FOLDER as ADAPTER
+from pipeline.tasks.adapters import save_adapter
 from pipeline.tasks.base import Task
+from pipeline.tasks.choosing import parameters_of, trained_model
 from pipeline.tasks.fitting import fit_task
 from pipeline.tracking import Run
 from pipeline.training.device import Device, choose_device
@@ -26,6 +30,8 @@ from pipeline.training.recipe import Recipe
 from pipeline.training.resume import ResumeFile, fingerprint
 from pipeline.workspace import code_digest
 from stages.runner import Stage, main, use_threads
+
+DELTA = "delta.safetensors"
 
 
 def run(stage: Stage) -> None:
@@ -51,8 +57,11 @@ def run(stage: Stage) -> None:
                 with run.child(seed, tags=tags, fingerprint=keys[seed]) as child:
                     _train(stage, task, masks[seed], recipe, device, folders[seed], child)
             result = json.loads((folders[seed] / "result.json").read_text())
-            for file in folders[seed].glob("delta.safetensors"):
-                shutil.copyfile(file, stage.folder(seed) / file.name)
+            for made in (DELTA, ADAPTER):
+                if (folders[seed] / made).is_dir():
+                    shutil.copytree(folders[seed] / made, stage.folder(seed) / made, dirs_exist_ok=True)
+                elif (folders[seed] / made).is_file():
+                    shutil.copyfile(folders[seed] / made, stage.folder(seed) / made)
             stage.record(seed, mask_bytes=files[seed].stat().st_size, mask_digest=masks[seed].digest, **result)
             if result["metric"] is not None:
                 scores.append(result["metric"])
@@ -65,15 +74,16 @@ def run(stage: Stage) -> None:
 def _train(stage: Stage, task: Task, mask: Mask, recipe: Recipe, device: Device, folder: Path, run: Run) -> None:
     """Train one seed and leave its delta and its result in the resume folder, the result last."""
     cell, seed = stage.cell, recipe.seed
-    model = task.model(seed).to(device.device)
-    base = Base.of(model, mask)
+    base_model = task.model(seed)
     outcome: dict[str, Any] = {
-        "parameters": mask.index.total,
+        "parameters": parameters_of(mask),
         "nnz": mask.nnz,
-        "density": mask.density,
-        "dense_bytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
-        "base_digest": base.digest,
+        "density": mask.nnz / parameters_of(mask),
+        "dense_bytes": sum(t.numel() * t.element_size() for t in base_model.state_dict().values()),
     }
+    model = trained_model(base_model, mask).to(device.device)
+    base = None if model is not base_model else Base.of(model, mask)
+    outcome["base_digest"] = base.digest if base else base_digest(base_model)
     try:
         result = fit_task(
             task, model, mask, recipe, stage.of_task("train").batch_size, device,
@@ -84,13 +94,17 @@ def _train(stage: Stage, task: Task, mask: Mask, recipe: Recipe, device: Device,
     except DivergedError as error:
         outcome |= {"metric": None, "diverged": str(error), "epochs": error.history}
     else:
-        delta = Delta.of(model, mask, base=base, info=stage.provenance(task, seed) | {"mask": mask.info})
-        size = delta.save(folder / "delta.safetensors", base=base)
         outcome |= {"metric": result.history[-1][task.metric], "epochs": result.history}
-        outcome |= {"delta_bytes": size, "delta_digest": delta.digest}
+        if base is None:
+            outcome |= save_adapter(model, folder / ADAPTER, task.model_source)
+        else:
+            delta = Delta.of(model, mask, base=base, info=stage.provenance(task, seed) | {"mask": mask.info})
+            outcome |= {"delta_bytes": delta.save(folder / DELTA, base=base), "delta_digest": delta.digest}
         peak = result.peak_memory_bytes / 2**20
         stage.time(**{f"seed-{seed}": {"seconds": round(result.seconds, 3), "peak_mib": round(peak, 1)}})
-        run.log({"delta_bytes": size, "seconds": result.seconds, "peak_mib": peak}, step=result.steps)
+        run.log(
+            {"delta_bytes": outcome["delta_bytes"], "seconds": result.seconds, "peak_mib": peak}, step=result.steps
+        )
     write_json(folder / "result.json", outcome)
 
 

@@ -19,7 +19,8 @@ class Method:
 
     Attributes:
         name: as in params.yaml and on the command line.
-        strategy: its key in ``pipeline.masks.select.STRATEGIES``.
+        strategy: its key in ``pipeline.masks.select.STRATEGIES``; or ``adapter``, ``peft`` or ``learned``, of
+            which ``pipeline.tasks.choosing`` knows.
         needs_ranking: whether its mask is cut from a ranking of Fisher scores.
         doc: one line for people.
         variant: of the task's ``score.variants``; empty for the task's own scores.
@@ -43,6 +44,12 @@ METHODS: dict[str, Method] = {
         Method("bitfit", "bias", False, "every bias, and the head"),
         Method("magnitude", "magnitude", False, "the largest weights by absolute value, and the head"),
         Method("head", "head", False, "the head alone"),
+        Method("lora", "adapter", False, "LoRA of the largest rank that fits the budget, and the head (PEFT)"),
+        Method(
+            "shira", "peft", False, "coordinates drawn in every linear layer as SHiRA does, and the head (PEFT)"
+        ),
+        Method("deviation", "learned", False, "the parameters that dense training moves farthest, and the head"),
+        Method("diff-pruning", "learned", False, "the parameters that L0 gates leave open, and the head"),
     )
 }
 
@@ -92,6 +99,8 @@ def mask_for(
     method = method_named(method_name)
     if method.needs_ranking and ranking is None:
         raise ParamsError(f"method '{method.name}' needs a ranking of Fisher scores; run the score stage first")
+    if method.strategy not in STRATEGIES:
+        raise ParamsError(f"method '{method.name}' takes more than the base and a ranking; use the mask stage")
     model = unwrapped(model)
     mask = STRATEGIES[method.strategy](model, density=density, always=head, seed=seed, ranking=ranking)
     fitting_parameters(model, mask)  # a ranking may be of another model

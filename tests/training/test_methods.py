@@ -28,14 +28,18 @@ def scores_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: torch.rand(shape) for name, shape in ParameterIndex.of(model).shapes.items()}
 
 
+OF_THE_BASE = [name for name, method in METHODS.items() if method.strategy in STRATEGIES]
+
+
 def test_every_method_names_a_strategy_and_itself() -> None:
-    assert list(METHODS) == ["dense", "fish", "random", "bitfit", "magnitude", "head"]
-    for name, method in METHODS.items():
-        assert method.name == name and method.strategy in STRATEGIES and method.doc
+    assert OF_THE_BASE == ["dense", "fish", "random", "bitfit", "magnitude", "head"]
+    others = {name: method.strategy for name, method in METHODS.items() if name not in OF_THE_BASE}
+    assert others == {"lora": "adapter", "shira": "peft", "deviation": "learned", "diff-pruning": "learned"}
+    assert all(method.name == name and method.doc for name, method in METHODS.items())
     assert [m.name for m in METHODS.values() if m.needs_ranking] == ["fish"]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OF_THE_BASE)
 def test_the_head_is_trained_and_the_mask_fits_the_model(name: str) -> None:
     model = network()
     ranking = Ranking.of(scores_of(model), 0.5)
@@ -65,7 +69,7 @@ def test_each_method_trains_what_it_says() -> None:
     assert cut("random", 3).info["seed"] == 3 and "seed" not in cut("fish").info
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OF_THE_BASE)
 def test_a_compiled_model_gets_the_same_mask(name: str) -> None:
     model = network()
     ranking = Ranking.of(scores_of(model), 0.5)
@@ -79,7 +83,9 @@ def test_a_compiled_model_gets_the_same_mask(name: str) -> None:
 def test_an_unknown_method_is_refused_with_the_closest_name() -> None:
     with pytest.raises(ParamsError, match="unknown method 'fisch'; did you mean 'fish'"):
         method_named("fisch")
-    with pytest.raises(ParamsError, match="unknown method 'xyz'; .known: bitfit, dense, fish"):
+    with pytest.raises(ParamsError, match="'lora' takes more than the base and a ranking"):
+        mask_for("lora", network(), density=0.1, head=HEAD, seed=0)
+    with pytest.raises(ParamsError, match="unknown method 'xyz'; .known: bitfit, dense, deviation"):
         mask_for("xyz", network(), density=0.1, head=HEAD, seed=0)
 
 
@@ -89,3 +95,15 @@ def test_fish_needs_a_ranking_of_this_very_model() -> None:
     other = Ranking.of(scores_of(network(9)), 0.5)
     with pytest.raises(MismatchError, match="'stem.weight'"):
         mask_for("fish", network(), density=0.3, head=HEAD, seed=0, ranking=other)
+
+
+def test_fish_by_another_variant_of_the_scores() -> None:
+    method = method_named("fish-global")
+    assert (method.name, method.variant, method.strategy) == ("fish-global", "global", "fisher")
+    model = network()
+    ranking = Ranking.of(scores_of(model), 0.5)
+    mask = mask_for("fish-global", model, density=0.3, head=HEAD, seed=0, ranking=ranking)
+    assert mask == mask_for("fish", model, density=0.3, head=HEAD, seed=0, ranking=ranking)
+    assert mask.info["method"] == "fish-global"
+    with pytest.raises(ParamsError, match="unknown method 'random-global'"):
+        method_named("random-global")
