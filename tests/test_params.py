@@ -90,7 +90,7 @@ def test_numbers_are_read_as_yaml_1_2_does(write):
     ("old", "new", "part"),
     [
         ("tasks: [words, digits]", "tasks: [wrods]", "grid.tasks: unknown 'wrods'; did you mean 'words'?"),
-        ("ranked: [fish]", "ranked: []", "exactly one of ranked and unranked"),
+        ("ranked: [fish]", "ranked: []", "exactly one of ranked, unranked and learned"),
         ("examples: [32, 512]", "examples: [512, 32]", "ascending"),
         ("seeds: [0, 1, 2]", "seeds: []", "seeds: expected"),
         ("kind: text", "kind: txet", "expected 'text' or 'image'"),
