@@ -1,6 +1,7 @@
 """The MLflow store: where it is, how it is opened by many processes at once, how it is written to, its page.
 
-Only ``pipeline.tracking`` uses this module; MLflow itself is imported inside the functions (it takes seconds).
+Only ``pipeline.tracking`` and ``pipeline.serving.registry`` use this module; MLflow itself is imported inside the
+functions (it takes seconds).
 """
 
 import contextlib

@@ -82,3 +82,32 @@ def evaluate(
         batch_size=batch_size, device=device, precision=precision,
     )  # fmt: skip
     evaluating.show(results, as_json)
+
+
+@app.command(rich_help_panel=PANEL)
+def register(
+    delta: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]PATH...", help="A delta file, or a tuned folder; or several.")
+    ],
+    name: Annotated[
+        str, typer.Option("--name", "-n", help="Of the registered model; a new version if it exists.")
+    ],
+    base: Base = None,
+    text: Text = None,
+    max_length: MaxLength = None,
+    example: Annotated[
+        Path | None, typer.Option("--example", help="A file whose first rows are the input example.")
+    ] = None,
+    alias: Annotated[str | None, typer.Option("--alias", help="Move this alias to the new version.")] = None,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Register a delta in MLflow, to be served by `mlflow models serve`: code over safetensors, no pickle."""
+    from pipeline.serving import registry
+
+    registry.register(
+        delta, name, base=base, text=text or (), max_length=max_length, example=example, alias=alias,
+        batch_size=batch_size, device=device, precision=precision,
+    ).show(as_json)  # fmt: skip

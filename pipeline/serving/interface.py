@@ -1,5 +1,6 @@
 """How to ask a delta: its base, the columns it reads, what its outputs mean."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,7 +146,7 @@ def parse_deltas(texts: Sequence[str]) -> dict[str, Path]:
         (``delta.safetensors`` does not).
 
     Raises:
-        ParamsError: if two names are alike.
+        ParamsError: if two names are alike, or one is of other characters than a file's name.
     """
     found: dict[str, Path] = {}
     for text in texts:
@@ -153,6 +154,10 @@ def parse_deltas(texts: Sequence[str]) -> dict[str, Path]:
         named = equals and name and rest and not Path(text).expanduser().exists()
         path = Path(rest if named else text).expanduser()
         name = name if named else _name(path)
+        if not re.fullmatch(r"[\w-][\w. -]{0,99}", name):
+            raise ParamsError(
+                f"--delta: the name '{name}' is not letters, digits, '_', '-' and '.'; write NAME=PATH"
+            )
         if name in found:
             raise ParamsError(f"--delta: two are named '{name}'; write --delta NAME=PATH to tell them apart")
         found[name] = path
