@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 SCRIPTS = {
-    "fisher": ["--rounds", "3"],
-    "step": ["--rounds", "5"],
+    "fisher": ["--rounds", "3", "--threads", "1"],
+    "step": ["--rounds", "5", "--threads", "1"],
     "masks": ["--rounds", "5"],
     "deltas": ["--rounds", "5"],
 }

@@ -2,8 +2,9 @@
 
     python -m benchmarks.step --device cpu --threads 1         # three minutes; writes results/step-cpu.md
     python -m benchmarks.step --device cuda --dtype bf16       # results/step-cuda-bf16.md
+    python -m benchmarks.step --device cuda --model bert-large
 
-The model is a MiniLM-shaped BERT built from its config: 6 layers of 384, 22.7 M parameters, random weights. Memory
+The model is a BERT built from its config, with random weights: MiniLM's shape, or BERT-large. Memory
 is counted in bytes, beyond weights and activations: optimizer state, trained vector and coordinates, dense masks,
 adapters, and the most gradient bytes alive at once, seen by hooks while a step runs.
 """
@@ -17,26 +18,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.models import DTYPES, MODELS
 from benchmarks.rounds import header, interleaved, options, publish, ratios, spread, synchronize, table
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex
 from pipeline.training.masked import MaskedParameters
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {"8 x 128": (8, 128), "32 x 8": (32, 8)}
 RANK = 8
 
 
-def minilm(dtype: torch.dtype, device: str) -> nn.Module:
-    """A BERT in MiniLM-L6's shape."""
+def minilm(dtype: torch.dtype, device: str, name: str = "minilm") -> nn.Module:
+    """A BERT in MiniLM-L6's shape, or another of the list; the same at every call."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
-        num_labels=2,
-    )  # fmt: skip
-    return BertForSequenceClassification(config).to(device, dtype).train()
+    return MODELS[name]()[0].to(device, dtype).train()
 
 
 class LoRA(nn.Module):
@@ -97,9 +93,9 @@ class Contestant:
         self.update_ms.append(1e3 * (time.perf_counter() - middle))
 
 
-def contestants(dtype: torch.dtype, device: str) -> dict[str, Contestant]:
+def contestants(name: str, dtype: torch.dtype, device: str) -> dict[str, Contestant]:
     """Build every contestant on a model of its own."""
-    base = minilm(dtype, device)
+    base = minilm(dtype, device, name)
     index = ParameterIndex.of(base)
     random = Mask.top_k({n: torch.rand(s) for n, s in index.shapes.items()}, 0.005, always=["classifier"])
     scores = {n: torch.rand(s) for n, s in index.shapes.items()}
@@ -194,11 +190,12 @@ def main() -> None:
     """Run the benchmark."""
     parser = options(__doc__)
     parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the weights")
+    parser.add_argument("--model", default="minilm", choices=["minilm", "bert-large"])
     chosen: Any = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     device = chosen.device
-    lines = header(f"One training step, MiniLM-shaped BERT, {chosen.dtype}", device)
-    everyone = contestants(DTYPES[chosen.dtype], device)
+    lines = header(f"One training step, {chosen.model}, {chosen.dtype}", device)
+    everyone = contestants(chosen.model, DTYPES[chosen.dtype], device)
     draw = torch.Generator().manual_seed(0)
     for name, (examples, length) in SHAPES.items():
         batch = {
@@ -236,8 +233,8 @@ def main() -> None:
         "Update: from gradients to new weights (optimizer, writing back, zeroing). Training memory: optimizer "
         "state, trained vector, coordinates, dense masks, adapters, and the most gradient bytes alive at once.",
     ]
-    suffix = "" if chosen.dtype == "fp32" else f"-{chosen.dtype}"
-    publish(f"step-{device}{suffix}.md", lines)
+    parts = ["step", device, chosen.dtype.removeprefix("fp32"), chosen.model.removeprefix("minilm")]
+    publish("-".join(filter(None, parts)) + ".md", lines)
 
 
 if __name__ == "__main__":
