@@ -2,16 +2,17 @@
 
     fishmask tune-lr --task words                 # every method; --method fish for one
 
-Not a stage of the pipeline: it writes its findings to params.yaml, which the pipeline reads. A fifth of train
-(whole groups) is held out as ``tune``; scores, masks and training see the other four fifths (``fit``) alone. Rates
-stand three to a decade; the search starts from the rate in params.yaml and goes on while the best of those tried
-has an untried neighbour.
+Not a stage of the pipeline: it writes its findings to params.yaml, which the pipeline reads, and what it tried to
+``metrics/tune-lr/<task>.json``, which the report shows. A fifth of train (whole groups) is held out as ``tune``;
+scores, masks and training see the other four fifths (``fit``) alone. Rates stand three to a decade around the rate
+in params.yaml; successive halving (``pipeline.training.halving``) gives the better ones more seeds.
 """
 
 import json
 import math
 import statistics
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from rich.console import Console
@@ -22,21 +23,29 @@ from pipeline.files import write_json
 from pipeline.masks.mask import Mask
 from pipeline.params import Params, TaskParams
 from pipeline.tasks.base import Task
+from pipeline.tasks.choosing import Learning, choose, trained_model
 from pipeline.tasks.fitting import fit_task
 from pipeline.tasks.scoring import scores_for
 from pipeline.training.device import Device, choose_device
-from pipeline.training.methods import mask_for, method_named
+from pipeline.training.halving import best_rate, halving
+from pipeline.training.methods import method_named
 from pipeline.training.recipe import Recipe
 from pipeline.workspace import Cell, Workspace
 from pipeline.yaml_files import edit_yaml
 from stages.runner import use_threads
 
-STEPS = (1.0, 2.0, 5.0)
-"""The rates of a decade."""
+REACH = 4
+"""Rates of the first rung on either side of the one in params.yaml: nine rates over 2.7 decades."""
 
 
 def tune(
-    workspace: Workspace, params: Params, name: str, methods: Iterable[str] | None, seeds: int, write: bool
+    workspace: Workspace,
+    params: Params,
+    name: str,
+    methods: Iterable[str] | None,
+    seeds: int,
+    write: bool,
+    reach: int = REACH,
 ) -> dict[str, float]:
     """Search the learning rates of one task.
 
@@ -44,9 +53,10 @@ def tune(
         workspace: the project; the task must be fetched.
         params: its settings.
         name: the task.
-        methods: which methods; all that have a rate by default.
-        seeds: how many of the profile's seeds to train per rate.
+        methods: which methods; by default all that have a rate for the task.
+        seeds: rungs: how many of the profile's seeds the best rates are trained with.
         write: put the best rates into params.yaml.
+        reach: rates of the first rung on either side of the present one.
 
     Returns:
         method -> the best rate: the highest mean score on ``tune``, the lower rate where two are equal.
@@ -57,16 +67,19 @@ def tune(
     task = Task.load(workspace.out(Cell("fetch", name)), settings.model, settings.metric)
     best: dict[str, float] = {}
     log: dict[str, Any] = {}
-    for method in methods or params.methods:
+    for method in methods or [m for m, own in params.methods.items() if name in own.lr]:
         start = params.at(f"methods.{method}.lr.{name}")
-        masks = {seed: _mask(task, settings, method, seed, device) for seed in params.seeds[:seeds]}
-        tried: dict[float, list[float]] = {}
-        while (rate := next_rate({r: statistics.mean(s) for r, s in tried.items()}, start)) is not None:
-            tried[rate] = [
-                _score(task, settings, method, mask, rate, seed, device) for seed, mask in masks.items()
-            ]
-        best[method] = best_rate({r: statistics.mean(s) for r, s in tried.items()})
-        log[method] = {"best": best[method], "tried": {f"{r:g}": s for r, s in sorted(tried.items())}}
+
+        @cache
+        def mask(seed: int, method: str = method) -> Mask:
+            return _mask(task, params, settings, method, seed, device, best.get("dense"))
+
+        def score(rate: float, seed: int, method: str = method) -> float:
+            return _score(task, settings, method, mask(seed, method), rate, seed, device)
+
+        tried = halving(start, reach, params.seeds[:seeds], score)
+        best[method] = best_rate(tried)
+        log[method] = {"best": best[method], "tried": {f"{r:g}": s for r, s in tried.items()}}
         _show(name, method, settings.metric, tried, best[method])
     _record(workspace, name, settings, task, log)
     if write:
@@ -74,45 +87,26 @@ def tune(
     return best
 
 
-def next_rate(means: dict[float, float], start: float) -> float | None:
-    """Choose the next rate to try: the start, its neighbours, then beyond the end where the best stands.
-
-    Returns:
-        The rate; None when the best has a tried neighbour on either side, or lies at the end of a plateau.
-    """
-    if not means:
-        return grid(start, 0)
-    peak = best_rate(means)
-    for move in (1, -1):
-        behind = grid(peak, -move)
-        plateau = len(means) > 2 and means.get(behind) == means[peak]  # walking on along it would never end
-        if grid(peak, move) not in means and not plateau:
-            return grid(peak, move)
-    return None
-
-
-def best_rate(means: dict[float, float]) -> float:
-    """Choose the rate with the highest mean; the lower one where two are equal."""
-    return max(sorted(means), key=lambda rate: means[rate])
-
-
-def grid(rate: float, move: int) -> float:
-    """The rate of the 1-2-5 grid nearest to ``rate``, or its ``move``-th neighbour."""
-    count = len(STEPS)
-    places = range(-12 * count, 4 * count)
-    value = {place: STEPS[place % count] * 10.0 ** (place // count) for place in places}
-    nearest = min(places, key=lambda place: abs(math.log(value[place] / rate)))
-    return float(f"{value[nearest + move]:.0e}")
-
-
-def _mask(task: Task, settings: TaskParams, method: str, seed: int, device: Device) -> Mask:
-    """The method's mask, from the ``fit`` part of train alone."""
+def _mask(
+    task: Task, params: Params, settings: TaskParams, method: str, seed: int, device: Device, dense: float | None
+) -> Mask:
+    """The method's mask, from the ``fit`` part of train alone; a learned one at the rate found for dense."""
     model = task.model(seed).to(device.device)
     score = settings.score.variant(method_named(method).variant)
     scores = scores_for(
         method, task, model, examples=score.examples[-1], seed=seed, split="fit", head=settings.head, **score.how()
     )
-    return mask_for(method, model, density=settings.density, head=settings.head, seed=seed, ranking=scores)
+    learning = None
+    if method_named(method).strategy == "learned":
+        lr = dense or params.at(f"methods.dense.lr.{task.name}")
+        recipe = Recipe(lr=lr, seed=seed, **settings.train.model_dump(exclude={"batch_size"}))
+        how = params.methods[method].learn
+        learning = Learning(recipe, settings.train.batch_size, device, how.epochs, how.penalty, "fit")
+    _, mask = choose(
+        method, task, model, density=settings.density, head=settings.head, seed=seed, ranking=scores,
+        learning=learning,
+    )  # fmt: skip
+    return mask
 
 
 def _score(
@@ -121,7 +115,7 @@ def _score(
     """Train on ``fit`` and score on ``tune``; a run that diverges scores -inf."""
     recipe = Recipe(lr=rate, seed=seed, **settings.train.model_dump(exclude={"batch_size"}))
     name = f"tune {task.name} {method} lr {rate:g} seed {seed}"
-    model = task.model(seed).to(device.device)
+    model = trained_model(task.model(seed), mask).to(device.device)
     try:
         result = fit_task(
             task, model, mask, recipe, settings.train.batch_size, device, name=name, splits=("fit", "tune")
@@ -133,7 +127,7 @@ def _score(
 
 def _show(task: str, method: str, metric: str, tried: dict[float, list[float]], best: float) -> None:
     table = Table("lr", f"{metric} on tune", "seeds", title=f"{task} {method}")
-    for rate, scores in sorted(tried.items()):
+    for rate, scores in tried.items():
         star = " *" if rate == best else ""
         table.add_row(f"{rate:g}{star}", f"{statistics.mean(scores):.4f}", " ".join(f"{s:.4f}" for s in scores))
     Console().print(table)

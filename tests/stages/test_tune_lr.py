@@ -1,46 +1,13 @@
-"""The search of learning rates: which rates it tries, and that the reported split stays unread."""
+"""The search of learning rates: the reported split stays unread, whatever the method, and only rates change."""
 
-import math
+import json
 import shutil
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipeline.params import Params
 from pipeline.workspace import Cell, Workspace
-from stages.tune_lr import best_rate, grid, next_rate, tune
-
-
-def search(score, start):
-    tried = {}
-    while (rate := next_rate(tried, start)) is not None:
-        tried[rate] = score(rate)
-        assert len(tried) < 40
-    return tried
-
-
-@given(st.floats(-5, 0), st.floats(-5, 0))
-def test_the_search_climbs_to_the_best_rate_of_the_grid(start, peak):
-    tried = search(lambda rate: -abs(math.log10(rate) - peak), 10**start)
-    best = best_rate(tried)
-    near = [grid(10**peak, move) for move in (-1, 0, 1)]
-    assert best in near
-    for move in (1, -1):
-        assert grid(best, move) in tried or tried[grid(best, -move)] == tried[best]
-
-
-def test_on_a_plateau_the_search_ends():
-    assert set(search(lambda _: 0.5, 1e-3)) == {1e-3, 2e-3, 5e-4}
-
-
-def test_a_diverged_rate_is_never_the_best_and_a_tie_goes_to_the_lower():
-    assert best_rate({1e-3: 0.8, 1e-2: -math.inf}) == 1e-3
-    assert best_rate({2e-3: 0.8, 1e-3: 0.8}) == 1e-3
-
-
-def test_the_grid_has_three_rates_a_decade():
-    assert [grid(1e-3, move) for move in range(-2, 3)] == [2e-4, 5e-4, 1e-3, 2e-3, 5e-3]
+from stages.tune_lr import tune
 
 
 @pytest.fixture
@@ -56,11 +23,21 @@ def project(template, tmp_path, monkeypatch):
     return workspace
 
 
+def project_rows(project):
+    manifest = json.loads((project.root / "artifacts" / "fetch" / "reviews" / "manifest.json").read_text())
+    return manifest["splits"]["train"]["rows"]
+
+
 def test_the_reported_split_is_never_read_and_only_rates_change(project):
     (project.root / "artifacts" / "fetch" / "reviews" / "validation.parquet").unlink()
     file = project.root / "params.yaml"
     before = file.read_text()
-    best = tune(project, Params.load(file), "reviews", ["fish"], 1, write=True)
+    best = tune(project, Params.load(file), "reviews", ["fish"], 2, write=True, reach=1)
+    found = json.loads((project.root / "metrics" / "tune-lr" / "reviews.json").read_text())
+    tried = found["methods"]["fish"]["tried"]
+    assert found["rows"]["fit"] + found["rows"]["tune"] == project_rows(project)
+    assert len(tried) >= 3 and sorted(map(len, tried.values()))[-2:] == [2, 2]
+    assert len(tried[f"{best['fish']:g}"]) == 2
     after = Params.load(file)
     assert after.methods["fish"].lr["reviews"] == best["fish"]
     assert Params.load(file, {"methods.fish.lr.reviews": 0.01}) == Params.load(
@@ -69,3 +46,13 @@ def test_the_reported_split_is_never_read_and_only_rates_change(project):
     changed = [line for line in file.read_text().splitlines() if line not in before.splitlines()]
     assert all("fish: {lr:" in line for line in changed)
     assert len(file.read_text().splitlines()) == len(before.splitlines())
+
+
+@pytest.mark.parametrize("method", ["lora", "shira", "deviation", "fish-layer"])
+def test_every_kind_of_method_is_tuned_on_train_alone(project, method):
+    (project.root / "artifacts" / "fetch" / "reviews" / "validation.parquet").unlink()
+    overrides = {"tasks.reviews.density": 0.2, "tasks.reviews.train.epochs": 1}
+    overrides |= {f"methods.{method}": {"lr": {"reviews": 1e-3}}, "methods.dense": {"lr": {"reviews": 1e-3}}}
+    overrides |= {"tasks.reviews.score.variants": {"layer": {"selection": "per-layer"}}}
+    params = Params.load(project.root / "params.yaml", overrides)
+    assert set(tune(project, params, "reviews", [method], 1, write=False, reach=0)) == {method}

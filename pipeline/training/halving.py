@@ -1,0 +1,75 @@
+"""Successive halving over a logarithmic grid of learning rates, seed by seed.
+
+Every rate of the grid trains with the first seed; the better half goes on with the second, the better half of
+those with the third. Each run is a whole one: the best rate depends on how long one trains, so no rate is judged by
+a shortened run. Source: Jamieson, Talwalkar 2016, "Non-stochastic Best Arm Identification", arXiv 1502.07943.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+STEPS = (1.0, 2.0, 5.0)
+"""The rates of a decade."""
+
+Scores = dict[float, list[float]]
+
+
+def halving(start: float, reach: int, seeds: Sequence[int], score: Callable[[float, int], float]) -> Scores:
+    """Search a rate.
+
+    Where the best of the first rung stands at an end of the grid, the grid grows there, until the score falls or
+    stays the same.
+
+    Args:
+        start: the middle of the grid, which takes its nearest value.
+        reach: grid values on either side of it.
+        seeds: one a rung.
+        score: (rate, seed) -> score, the higher the better; -inf for a run that diverged.
+
+    Returns:
+        rate -> its scores, one for each rung that it took part in.
+    """
+    alive = [grid(start, move) for move in range(-reach, reach + 1)]
+    tried: Scores = {rate: [score(rate, seeds[0])] for rate in alive}
+    while (beyond := _beyond(tried)) is not None:
+        tried[beyond] = [score(beyond, seeds[0])]
+    for seed in seeds[1:]:
+        alive = _best_half(tried)
+        for rate in alive:
+            tried[rate].append(score(rate, seed))
+    return dict(sorted(tried.items()))
+
+
+def best_rate(tried: Mapping[float, Sequence[float]]) -> float:
+    """Choose the rate of the highest mean among those with the most seeds; the lower one where two are equal."""
+    longest = max(len(scores) for scores in tried.values())
+    finalists = [rate for rate in sorted(tried) if len(tried[rate]) == longest]
+    return max(finalists, key=lambda rate: statistics.mean(tried[rate]))
+
+
+def grid(rate: float, move: int) -> float:
+    """The rate of the 1-2-5 grid nearest to ``rate``, or its ``move``-th neighbour."""
+    count = len(STEPS)
+    places = range(-12 * count, 4 * count)
+    value = {place: STEPS[place % count] * 10.0 ** (place // count) for place in places}
+    nearest = min(places, key=lambda place: abs(math.log(value[place] / rate)))
+    return float(f"{value[nearest + move]:.0e}")
+
+
+def _best_half(tried: Scores) -> list[float]:
+    """The better half of the last rung, rounded up, at least two where there are two."""
+    rung = max(len(scores) for scores in tried.values())
+    last = [rate for rate in sorted(tried) if len(tried[rate]) == rung]
+    ranked = sorted(last, key=lambda rate: -statistics.mean(tried[rate]))
+    return sorted(ranked[: max(min(2, len(last)), math.ceil(len(last) / 2))])
+
+
+def _beyond(tried: Scores) -> float | None:
+    """The rate past the end at which the best stands; None where it stands inside, or on a plateau."""
+    peak = best_rate(tried)
+    for move in (1, -1):
+        beyond, behind = grid(peak, move), grid(peak, -move)
+        if beyond not in tried and tried.get(behind) != tried[peak]:
+            return beyond
+    return None
