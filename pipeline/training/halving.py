@@ -1,8 +1,8 @@
 """Successive halving over a logarithmic grid of learning rates, seed by seed.
 
 Every rate of the grid trains with the first seed; the better half goes on with the second, the better half of
-those with the third. Each run is a whole one: the best rate depends on how long one trains, so no rate is judged by
-a shortened run. Source: Jamieson, Talwalkar 2016, "Non-stochastic Best Arm Identification", arXiv 1502.07943.
+those with the third. Each run is a whole one: the best rate depends on how long one trains, so no rate is judged
+by a shortened run. Source: Jamieson, Talwalkar 2016, "Non-stochastic Best Arm Identification", arXiv 1502.07943.
 """
 
 import math
