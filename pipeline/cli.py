@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import artifacts, checkpoints, pipeline, profiles, project, serving, stages
+from pipeline.commands import artifacts, checkpoints, glue, pipeline, profiles, project, serving, stages
 from pipeline.errors import FishmaskError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.add_typer(stages.app)
 app.add_typer(artifacts.app)
 app.add_typer(checkpoints.app, name="checkpoint", rich_help_panel="Masks and deltas")
 app.add_typer(serving.app)
+app.add_typer(glue.app)
 app.add_typer(project.app)
 
 

@@ -24,6 +24,7 @@ from pipeline.tasks.adapters import save_adapter
 from pipeline.tasks.base import Task
 from pipeline.tasks.choosing import parameters_of, trained_model
 from pipeline.tasks.fitting import fit_task
+from pipeline.tasks.trained import DELTA
 from pipeline.tracking import Run
 from pipeline.training.device import Device, choose_device
 from pipeline.training.recipe import Recipe
@@ -31,7 +32,7 @@ from pipeline.training.resume import ResumeFile, fingerprint
 from pipeline.workspace import code_digest
 from stages.runner import Stage, main, use_threads
 
-DELTA = "delta.safetensors"
+MISMATCHED = "validation_mismatched"  # MNLI's second validation split: other genres than its training data's
 
 
 def run(stage: Stage) -> None:
@@ -95,6 +96,9 @@ def _train(stage: Stage, task: Task, mask: Mask, recipe: Recipe, device: Device,
         outcome |= {"metric": None, "diverged": str(error), "epochs": error.history}
     else:
         outcome |= {"metric": result.history[-1][task.metric], "epochs": result.history}
+        if MISMATCHED in task.sizes:
+            judged = task.evaluate(model, MISMATCHED, stage.of_task("train").batch_size, autocast=device.autocast)
+            outcome["mismatched"] = judged[task.metric]
         if base is None:
             outcome |= save_adapter(model, folder / ADAPTER, task.model_source)
         else:

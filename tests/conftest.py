@@ -27,6 +27,7 @@ grid:
   methods: [dense, fish, random]
   ranked: [fish]
   unranked: [dense, random]
+  learned: []
   settings: [main]
   sweep: {tasks: [reviews], methods: [fish], settings: [denser]}
 tasks:

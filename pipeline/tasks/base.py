@@ -269,12 +269,26 @@ class Task:
         Raises:
             DataError: if the split is missing or unlabelled.
         """
-        data, rows = self._split(split), self.rows(split)
+        self.rows(split)
         if not self.manifest["splits"].get(split, {"labelled": True})["labelled"]:
             raise DataError(f"{self._folder}: split '{split}' has no labels to score against; use {self.reported}")
         where = torch.device(device) if device is not None else next(model.parameters()).device
-        batches = Batches(by_length(rows, batch_size, data.lengths), lambda _, group: data.batch(group, where))
-        return evaluate(model, batches, self.metric, where, autocast)
+        return evaluate(model, self.ordered(split, batch_size, where), self.metric, where, autocast)
+
+    def ordered(self, split: str, batch_size: int, device: torch.device | None = None) -> Batches:
+        """Cut a split into batches with the least padding, the longest texts first; labels are not needed.
+
+        Args:
+            split: its name.
+            batch_size: B.
+            device: where to make the batches.
+
+        Returns:
+            The batches; ``rows`` says which row each example is.
+        """
+        data = self._split(split)
+        groups = by_length(self.rows(split), batch_size, data.lengths)
+        return Batches(groups, lambda _, group: data.batch(group, device))
 
     def _split(self, split: str) -> TextSplit | ImageSplit:
         file = "train" if split in ("fit", "tune") else split

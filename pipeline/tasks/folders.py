@@ -31,7 +31,8 @@ class SplitFiles:
 def find_splits(folder: Path) -> dict[str, SplitFiles]:
     """Find train, validation and test in a folder, its ``data/``, or its only subfolder.
 
-    Where a split has several variants, the plain name wins, then ``_matched`` (MNLI's).
+    Where a split has several variants, the plain name wins, then ``_matched`` (MNLI's), beside which
+    ``_mismatched`` is a split of its own.
 
     Returns:
         Split -> its files; train, and validation or test, are always there.
@@ -55,6 +56,10 @@ def find_splits(folder: Path) -> dict[str, SplitFiles]:
                 ".json), "
                 f"found {', '.join(sorted(p.name for paths in names.values() for p in paths))}"
             )
+    for split in ("validation", "test"):
+        if split in found and found[split].variant == "matched":
+            also = [f"{name}_mismatched" for name in SPLITS[split] if f"{name}_mismatched" in names]
+            found |= {f"{split}_mismatched": SplitFiles(_shards(folder, names[stem]), "") for stem in also[:1]}
     return found
 
 

@@ -168,6 +168,9 @@ def _read_hub(task: str, source: Source, revision: str | None) -> dict[str, RawS
                 part = loaded[variant]
                 remark = variant.removeprefix(split).strip("_")
                 splits.setdefault(split, RawSplit(part.with_format("arrow")[:], f"{name} {variant}", remark))
+        if f"{split}_mismatched" in loaded:
+            part, variant = loaded[f"{split}_mismatched"], f"{split}_mismatched"
+            splits[variant] = RawSplit(part.with_format("arrow")[:], f"{name} {variant}")
     if "train" not in splits or len(splits) < 2:
         raise DataError(f"{key}: '{name}' holds {', '.join(loaded)}; expected train, and validation or test")
     return splits
