@@ -130,7 +130,7 @@ def _train(
         if world.rank == 0:
             mask = rounds.touched
             base = digest_of_digests(before, without=mask.whole_tensors)
-            delta = Delta.of(model, mask, base=base, info=stage.provenance(task, seed) | {"mask": mask.info})
+            delta = Delta.of(model, mask, base=base, info=stage.provenance(task, seed))
             outcome |= {"delta_bytes": delta.save(folder / "delta.safetensors"), "delta_digest": delta.digest}
             write_json(folder / "merges.json", {"merges": rounds.records, "bytes": rounds.bytes})
             outcome |= {"metric": rounds.records[-1][task.metric], "merges": rounds.records, "bytes": rounds.bytes}

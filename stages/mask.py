@@ -7,6 +7,7 @@ learns its mask takes as long as dense training.
 """
 
 from pipeline.masks.ranking import Ranking
+from pipeline.parameters import base_digest
 from pipeline.tasks.base import Task
 from pipeline.tasks.choosing import Learning, choose, parameters_of
 from pipeline.training.device import choose_device
@@ -36,10 +37,12 @@ def run(stage: Stage) -> None:
                 folder = stage.input("score") / f"seed-{seed}"
                 ranking = Ranking.load(ranking_file(folder, method.variant, examples))
             model = task.model(seed).to(how.device.device) if how else task.model(seed)
+            chosen_for = {"base": base_digest(model), "data": task.data_digest, "model": task.model_source}
             _, mask = choose(
                 method.name, task, model, density=density, head=head, seed=seed, ranking=ranking, learning=how
             )
-            mask.info |= {"task": task.name, "setting": cell.setting, "seed": seed, "fishmask": VERSION}
+            mask.info = chosen_for | mask.info | {"task": task.name, "setting": cell.setting, "seed": seed}
+            mask.info["fishmask"] = VERSION
             size = mask.save(stage.folder(seed) / "mask.safetensors")
             layers = {name: {"count": mask.count(name), "numel": mask.index.numel(name)} for name in mask.index}
             share = mask.nnz / parameters_of(mask)

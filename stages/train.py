@@ -102,7 +102,7 @@ def _train(stage: Stage, task: Task, mask: Mask, recipe: Recipe, device: Device,
         if base is None:
             outcome |= save_adapter(model, folder / ADAPTER, task.model_source)
         else:
-            delta = Delta.of(model, mask, base=base, info=stage.provenance(task, seed) | {"mask": mask.info})
+            delta = Delta.of(model, mask, base=base, info=stage.provenance(task, seed))
             outcome |= {"delta_bytes": delta.save(folder / DELTA, base=base), "delta_digest": delta.digest}
         peak = result.peak_memory_bytes / 2**20
         stage.time(**{f"seed-{seed}": {"seconds": round(result.seconds, 3), "peak_mib": round(peak, 1)}})

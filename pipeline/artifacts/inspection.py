@@ -124,6 +124,7 @@ def _headline(facts: Mapping[str, Any]) -> dict[str, str]:
         score.append(f"{origin.pop('examples'):,} examples")
     cell = [str(origin.pop(key)) for key in ("task", "method", "setting") if key in origin]
     origin.pop("density", None)  # what was asked for; the exact one stands below
+    lines |= {"parents": ", ".join(d[:12] for d in origin.pop("parents"))} if "parents" in origin else {}
     lines |= {key: str(value) for key, value in origin.items()}
     lines |= {"score": ", ".join(score)} if score else {}
     lines |= {"cell": " ".join(cell)} if cell else {}
@@ -146,7 +147,8 @@ def _provenance(artifact: Mask | Delta | Ranking) -> dict[str, Any]:
         "model": info.get("model", scored.get("model")),
         "seed": info.get("seed", scored.get("seed")),
         "code": info.get("code", info.get("fishmask")),
-        "parent": info.get("parent", info.get("parents")),
+        "parent": info.get("parent"),
+        "parents": [row["digest"] if isinstance(row, dict) else row for row in info.get("parents", ())] or None,
     }
     found |= {key: scored.get(key) for key in ("kind", "power", "examples", "density")}
     found |= {key: info.get(key, scored.get(key)) for key in ("task", "method", "setting")}

@@ -69,6 +69,7 @@ class Writer:
                 count=mask.nnz,
                 buffers=sorted(buffers),
                 info=dict(info),
+                joined=[],
                 nbytes={},
             )
             self._write(step, mask, patch, buffers)
@@ -103,6 +104,7 @@ class Writer:
             count=mask.nnz,
             buffers=sorted(buffers),
             info=last.info,
+            joined=[state for step in lineage for state in (*step.joined, step.state)][:-1],
             nbytes={},
         )
         self._write(step, mask, patch, buffers)

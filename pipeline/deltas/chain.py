@@ -230,7 +230,7 @@ class Chain:
             keep_base: store the base's values too.
 
         Returns:
-            The delta.
+            The delta, its ``parent`` the digest of the state.
 
         Raises:
             ParamsError: if there is no such step, or ``keep_base`` is asked for and the base's values are not at
@@ -253,7 +253,9 @@ class Chain:
             n: patch[n][1] if n in patch else torch.empty(0, dtype=layout.parameters[n][0]) for n in mask.index
         }
         held = {name: tensor.clone() for name, tensor in (states.buffers | changed).items()}
-        return Delta(mask, values, held, known, layout, self.info | (lineage[-1].info if lineage else {}))
+        about = self.info | (lineage[-1].info if lineage else {})
+        about |= {"parent": states.digest(lineage), "step": lineage[-1].number if lineage else 0}
+        return Delta(mask, values, held, known, layout, about)
 
     def squash(self, first: int, last: int) -> None:
         """Join steps ``first`` to ``last`` into one, which keeps the number of the last; the states between go.

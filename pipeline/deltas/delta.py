@@ -35,9 +35,8 @@ class Delta:
 
     ``info`` holds the provenance. Standard keys, each where it is known: ``task``, ``method``, ``setting``;
     ``model`` and ``revision`` (the base's source); ``data`` (digest of the data); ``seed``; ``parent`` (digest of
-    the delta or mask that this one was made from, ``parents`` where several); ``fishmask`` (the code's version);
-    ``mask`` (the mask's own: ``base``, the digest of the model scored, ``data``, ``kind`` and ``power`` of the
-    score, ``examples``, ``seed``, ``density``). The base's digest is the delta's ``base``.
+    the mask that was trained, or of what else this one was made from; ``parents`` where several); ``fishmask``
+    (the code's version). The base's digest is the delta's ``base``; how the mask was chosen, ``mask.info`` tells.
 
     Attributes:
         mask: the coordinates.
@@ -87,13 +86,13 @@ class Delta:
                 untouched, and tensors that the mask covers whole are left out of the digest, so that a freshly
                 drawn head does not matter.
             keep_base: store the base's values too, so that a loaded delta can be reverted; a digest does not do.
-            info: provenance.
+            info: provenance; the mask is its ``parent`` where it names no other.
 
         Returns:
             The delta, its values copied to the CPU.
         """
         values, buffers, known, layout = parts_of(model, mask, base, bool(keep_base))
-        return cls(mask, values, buffers, known, layout, info)
+        return cls(mask, values, buffers, known, layout, {"parent": mask.digest} | dict(info or {}))
 
     def with_base(self, base: Model) -> "Delta":
         """Add the base's values to a delta that was taken without them, so that it can be reverted.

@@ -49,6 +49,8 @@ class Step:
         count: how many values it holds.
         buffers: sorted names of the buffers it holds, which are those that changed.
         info: free (JSON-able): epoch, metrics.
+        joined: digests of the states that were steps of their own, between parent and state, before a squash or a
+            prune.
         nbytes: its bytes on disk: ``coordinates`` (of its mask's file; 0 where an earlier step has the same mask),
             ``values``, ``buffers`` and ``header``.
     """
@@ -61,6 +63,7 @@ class Step:
     count: int
     buffers: list[str]
     info: dict[str, Any]
+    joined: list[str]
     nbytes: dict[str, int]
 
 
@@ -145,7 +148,7 @@ def read_step(path: Path) -> Step:
     with sound(path, "step of a chain", ADVICE):
         number, after, count = (of_type(int, meta[key]) for key in ("number", "after", "count"))
         parent, state, mask = (of_type(str, meta[key]) for key in ("parent", "state", "mask"))
-        buffers = [of_type(str, name) for name in of_type(list, meta["buffers"])]
+        buffers, joined = ([of_type(str, n) for n in of_type(list, meta[key])] for key in ("buffers", "joined"))
         if number != number_of(path.name) or not 0 <= after < number:
             raise ValueError(f"it is step {number} after step {after} by content")
         nbytes = {
@@ -154,7 +157,7 @@ def read_step(path: Path) -> Step:
         }
         header = path.stat().st_size - sum(nbytes.values())
         info = of_type(dict, meta["info"])
-    return Step(number, after, parent, state, mask, count, buffers, info, nbytes | {"header": header})
+    return Step(number, after, parent, state, mask, count, buffers, info, joined, nbytes | {"header": header})
 
 
 def read_content(

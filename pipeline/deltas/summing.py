@@ -149,9 +149,10 @@ class Sum:
 
     def _common_info(self) -> dict[str, Any]:
         """What the model is loaded with: the leading delta's where its head is kept, else what all agree on."""
+        own = {key: value for key, value in self.lead.info.items() if key not in ("parent", "parents")}
         if self.head is not None:
-            return self.lead.info
-        return {k: v for k, v in self.lead.info.items() if all(d.info.get(k) == v for d in self.deltas)}
+            return own
+        return {k: v for k, v in own.items() if all(d.info.get(k) == v for d in self.deltas)}
 
     def _terms(self, name: str, left: Left) -> _Terms:
         """Bring the deltas' values of one tensor to common coordinates."""

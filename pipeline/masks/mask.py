@@ -33,8 +33,10 @@ class Mask:
         index: the parameters of the network.
         indices: name -> coordinates within that tensor (row-major): int64 [count], strictly increasing, on any
             device; a name left out has none chosen.
-        info: provenance (JSON-able): base digest, data digest, score kind, examples, seed, density, code version.
-            It is saved with the mask and is no part of its digest.
+        info: provenance (JSON-able), saved with the mask and no part of its digest. Standard keys, each where it
+            is known: ``base`` and ``data`` (digests of the model and of the data it was chosen for), ``model``,
+            ``kind`` and ``power`` of the score, ``examples``, ``seed``, ``density``, ``method``, ``fishmask`` (the
+            code's version), ``parent`` (digest of the ranking it was cut from; ``parents`` of joined masks).
 
     Attributes:
         index: the parameters of the network.
@@ -260,20 +262,21 @@ class Mask:
         return mask
 
     def __or__(self, other: "Mask") -> "Mask":
-        return self._combine(other, np.union1d)
+        return self._combine(other, "union", np.union1d)
 
     def __and__(self, other: "Mask") -> "Mask":
-        return self._combine(other, lambda a, b: np.intersect1d(a, b, assume_unique=True))
+        return self._combine(other, "intersection", lambda a, b: np.intersect1d(a, b, assume_unique=True))
 
     def __sub__(self, other: "Mask") -> "Mask":
-        return self._combine(other, lambda a, b: np.setdiff1d(a, b, assume_unique=True))
+        return self._combine(other, "difference", lambda a, b: np.setdiff1d(a, b, assume_unique=True))
 
     def __xor__(self, other: "Mask") -> "Mask":
-        return self._combine(other, lambda a, b: np.setxor1d(a, b, assume_unique=True))
+        return self._combine(other, "symmetric difference", lambda a, b: np.setxor1d(a, b, assume_unique=True))
 
-    def _combine(self, other: "Mask", join: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> "Mask":
-        """Join two masks of the same parameters; provenance is not carried over."""
-        return Mask(self.index, joined(self.indices, other.indices, join))
+    def _combine(self, other: "Mask", made: str, join: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> "Mask":
+        """Join two masks of the same parameters; of their provenance, the result names the two alone."""
+        about = {"made": made, "parents": [self.digest, other.digest]}
+        return Mask(self.index, joined(self.indices, other.indices, join), about)
 
     def overlap(self, other: "Mask") -> float:
         """Measure the overlap |A∩B| / min(|A|, |B|); 1 for two empty masks.

@@ -118,7 +118,7 @@ class Ranking:
             always: the head's module names; None: those the ranking was made with.
 
         Returns:
-            The mask, with the ranking's provenance and the density.
+            The mask, with the ranking's provenance, its digest as ``parent``, and the density.
 
         Raises:
             ParamsError: if the density is above ``keep``, out of range, or smaller than the head.
@@ -133,7 +133,8 @@ class Ranking:
         # The kept scores stand in the order of their coordinates, so that ties fall as they do among all scores.
         places = top_coordinates(outside, rest)
         chosen = {name: self.mask.indices[name][place] for name, place in places.items() if place.numel()}
-        return Mask.covering(self.index, head, chosen, {**self.info, "density": float(density)})
+        about = {**self.info, "density": float(density), "parent": self.digest}
+        return Mask.covering(self.index, head, chosen, about)
 
     def save(self, path: str | PathLike[str]) -> int:
         """Write the ranking, atomically.

@@ -68,7 +68,7 @@ class Masks:
             head=self.head, **score.how(fresh=epoch == 0),
         )  # fmt: skip
         mask = mask_for(self.method, model, density=self.density, head=self.head, seed=seed, ranking=scores)
-        mask.info |= {"task": self.task.name, "epoch": epoch}
+        mask.info |= {"task": self.task.name, "data": self.task.data_digest, "epoch": epoch}
         return mask
 
 

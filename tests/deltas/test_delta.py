@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from pipeline.deltas import target as writing
 from pipeline.deltas.delta import Delta
 from pipeline.errors import MismatchError, ParamsError
+from pipeline.masks import codec
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex, base_digest
 
@@ -473,7 +474,41 @@ def test_the_digest_is_of_the_content_alone() -> None:
     moved = copy.deepcopy(trained)
     moved.norm.num_batches_tracked += 1
     assert delta != Delta.of(moved, mask, base=base)
-    assert delta.info == {"seed": 1} and "scratch" not in delta.buffers and len(delta.buffers) == 6
+    assert (
+        delta.info == {"seed": 1, "parent": mask.digest}
+        and "scratch" not in delta.buffers
+        and len(delta.buffers) == 6
+    )
+
+
+def test_the_digest_knows_no_file_order_coder_or_provenance(tmp_path, monkeypatch) -> None:
+    base = SmallResNet()
+    mask = mask_of(base)
+    trained = train(base, mask)
+    delta = Delta.of(trained, mask, base=base, info={"seed": 1, "parent": "x"})
+    names = list(mask.index)[::-1]
+    turned = Mask.covering(
+        ParameterIndex({name: mask.index.shapes[name] for name in names}),
+        mask.whole_tensors,
+        {name: mask.indices[name] for name in names if not mask.whole(name)},
+        info={"seed": 2},
+    )
+    assert turned == mask and list(turned.index) != list(mask.index)
+    other = Delta.of(trained, turned, base=base)
+    assert other == delta and other.info != delta.info
+    files = {}
+    for name, each in (("one", delta), ("turned", other)):
+        for against in (None, base):
+            each.save(tmp_path / "d", base=against)
+            loaded = Delta.load(tmp_path / "d").resolve(base)
+            assert loaded.digest == delta.digest and loaded.mask.digest == mask.digest
+            files[name, against is None] = (tmp_path / "d").read_bytes()
+    monkeypatch.setattr(
+        Mask, "pack", lambda self, compact=False: codec.encode(self.index, self._chosen, compact=False)
+    )
+    delta.save(tmp_path / "d")
+    assert Delta.load(tmp_path / "d") == delta
+    assert len({*files.values(), (tmp_path / "d").read_bytes()}) >= 3  # the files do differ
 
 
 def test_bits_are_compared_and_not_values() -> None:

@@ -84,7 +84,7 @@ def test_a_thin_file_is_smaller_and_gives_the_trained_model(
     mask = mask_of(base)
     source = {"module": base, "state dict": base.state_dict(), "taken before": Base.of(base, mask)}[given]
     model, delta, path = files_of(tmp_path, base, mask, source)
-    assert path.stat().st_size < 0.9 * delta.save(tmp_path / "alone.safetensors")
+    assert path.stat().st_size < 0.91 * delta.save(tmp_path / "alone.safetensors")
     loaded = Delta.load(path)
     assert loaded.thin is not None and loaded == delta and loaded.digest == delta.digest
     assert (loaded.nbytes, loaded.info, loaded.layout) == (delta.nbytes, delta.info, delta.layout)

@@ -8,6 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from pipeline import Delta, Mask
+from pipeline.masks.ranking import Ranking
+
 MAIN = ["dense", "fish", "random"]
 
 
@@ -30,6 +33,33 @@ def test_the_report_shows_the_metrics_of_the_cells(finished):
     scores = [seed["metric"] for seed in metrics["seeds"].values()]
     assert len(scores) == 2
     assert f"{100 * sum(scores) / 2:.1f}" in page or f"{sum(scores) / 2:.3f}" in page
+
+
+def test_every_mask_and_delta_says_where_it_comes_from(finished):
+    """Base, data, seed, density and code; the ranking that a mask was cut from, the mask that a delta trained."""
+    folder, masks = finished.root / "artifacts", 0
+    for file in folder.glob("mask/*/seed-*/mask.safetensors"):
+        mask, seed = Mask.load(file), int(file.parent.name.removeprefix("seed-"))
+        ranked = mask.info["method"] == "fish"
+        file = file.parents[1].name + f"/seed-{seed}/delta.safetensors"
+        rankings = [Ranking.load(r) for r in folder.glob(f"score/reviews/seed-{seed}/*.safetensors")]
+        ground = rankings[0].info
+        assert {key: mask.info[key] for key in ("base", "data", "model", "seed", "fishmask")} == {
+            key: ground[key] for key in ("base", "data", "model", "seed", "fishmask")
+        }
+        assert mask.info["density"] == pytest.approx(mask.density, abs=1e-3)
+        parents = {r.digest: r.info for r in rankings}
+        if ranked:
+            assert {key: mask.info[key] for key in ("kind", "power", "examples")} == {
+                key: parents[mask.info["parent"]][key] for key in ("kind", "power", "examples")
+            }
+        else:
+            assert not {"parent", "kind", "examples"} & mask.info.keys()
+        delta = Delta.load(folder / "train" / file)
+        assert delta.info["parent"] == mask.digest == delta.mask.digest and delta.mask.info == mask.info
+        assert (delta.info["data"], delta.info["seed"]) == (ground["data"], seed)
+        masks += 1
+    assert masks == 8
 
 
 def test_dense_training_learns_what_the_words_mean(finished):

@@ -48,7 +48,7 @@ def test_what_it_keeps() -> None:
         assert row["max"] == (float(score.max()) if score.numel() else 0)
         assert ranking.scores[name].equal(score.flatten()[ranking.mask.indices[name]])
     cut = ranking.cut(0.15)
-    assert cut.whole("head.weight") and cut.info == {"seed": 3, "density": 0.15}
+    assert cut.whole("head.weight") and cut.info == {"seed": 3, "density": 0.15, "parent": ranking.digest}
     with pytest.raises(ParamsError, match=r"density 0\.21 is above the 0\.2 that"):
         ranking.cut(0.21)
     with pytest.raises(MismatchError, match="'tail'"):
