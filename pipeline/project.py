@@ -115,7 +115,7 @@ def print_plan(as_json: bool) -> None:
 
 def print_results() -> None:
     """Print the main table, where the report is, and how to open MLflow."""
-    from pipeline.reports.results import load_results
+    from pipeline.reports.reading import load_results
     from pipeline.reports.tables import main_table
 
     root = Workspace.here().root

@@ -14,8 +14,8 @@ def run(stage: Stage) -> None:
     """Write the report of the grid's cells, and attach its tables and figures to the run."""
     profile, grid = stage.read("profile"), stage.read("grid")
     with stage.held(fingerprint(settings=stage.settings)) as run:
-        metrics, chains = stage.workspace.root / "metrics", grid.checkpoint.cells
-        for file in write_report(metrics, stage.work, profile, grid.cells, chains):
+        metrics, chains, shares = stage.workspace.root / "metrics", grid.checkpoint.cells, grid.distribute.cells
+        for file in write_report(metrics, stage.work, profile, grid.cells, chains, shares):
             run.figure(file, file.name)
 
 

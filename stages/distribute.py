@@ -86,7 +86,7 @@ def _work(stage: Stage, wanted: Any, device: Device, world: Collectives, debug: 
     first = world.rank == 0
     tags = {"data_digest": task.data_digest, "workers": str(world.size)}
     with stage.held(fingerprint(cell=cell, keys=keys), **tags) if first else interruptible() as run:
-        stage.record(metric=metric, lr=recipe["lr"], data=task.summary())
+        stage.record(kind=task.kind, metric=metric, lr=recipe["lr"], data=task.summary())
         scores: list[float] = []
         for seed in stage.seeds:
             resume = JointResume(folders[seed] / f"rank-{world.rank}.safetensors", keys[seed])

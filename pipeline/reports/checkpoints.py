@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.reports.chains import ChainCell
-from pipeline.reports.figures import Figure, drawing, finish, style
+from pipeline.reports.drawing import Figure, drawing, finish, style
+from pipeline.reports.notes import data_text
 from pipeline.reports.results import Results, method_order
 from pipeline.reports.table import MISSING, Entry, Table, metric_title, percent, scale_of, score_text, size
-from pipeline.reports.tables import data_text
 
 _LEAK = " everywhere"
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 from pipeline.errors import StorageError
 from pipeline.files import write_bytes
-from pipeline.reports import checkpoints, figures, tables
-from pipeline.reports.figures import Figure
-from pipeline.reports.results import Results, load_results
+from pipeline.reports import checkpoints, distributed, figures, tables
+from pipeline.reports.drawing import Figure
+from pipeline.reports.notes import data_text
+from pipeline.reports.reading import load_results
+from pipeline.reports.reference import reference_table
+from pipeline.reports.results import Results
 from pipeline.reports.table import Table, metric_title, percent, scale_of, score_text, signed, size
 
 
@@ -42,6 +45,7 @@ def write_report(
     profile: str,
     only: Collection[tuple[str, str, str]] | None = None,
     chains: Collection[tuple[str, str, str]] | None = None,
+    shares: Collection[tuple[str, str, str]] | None = None,
 ) -> list[Path]:
     """Write ``index.html``, ``tables/*.csv``, ``tables/*.md`` and ``figures/*.svg``.
 
@@ -51,6 +55,7 @@ def write_report(
         profile: the profile's name, for the heading.
         only: the cells wanted, see ``load_results``.
         chains: the same of the checkpoint stage.
+        shares: the same of the distribute stage.
 
     Returns:
         The files, the page first.
@@ -58,7 +63,7 @@ def write_report(
     Raises:
         StorageError: if the folder cannot be written.
     """
-    results, out = load_results(Path(metrics_dir), only, chains), Path(out_dir)
+    results, out = load_results(Path(metrics_dir), only, chains, shares), Path(out_dir)
     sections = [section for make in _SECTIONS if (section := make(results)) is not None]
     texts = {"index.html": render_page(results, sections, profile)}
     for section in sections:
@@ -101,7 +106,7 @@ def render_page(results: Results, sections: Sequence[Section], profile: str) -> 
         summary=summary(results),
         sections=sections,
         seeds=sorted({seed for cell in cells for seed in cell.scores}),
-        data=[(task, tables.data_text(cell), cell.data.get("digest", "")) for task, cell in first.items()],
+        data=[(task, data_text(cell), cell.data.get("digest", "")) for task, cell in first.items()],
         masks=[
             ("-".join(key), seed, digest)
             for key, mask in sorted(results.masks.items())
@@ -203,7 +208,21 @@ def _checkpoint_section(results: Results) -> Section | None:
         "chosen anew as training goes on. Where weight decay reaches frozen weights, no checkpoint is sparse."
     )
     shown, listed = checkpoints.decay_figure(results), checkpoints.checkpoint_table(results)
-    return _section("checkpoints", "Checkpoints", text, [shown], [listed])
+    logged = reference_table("4") if listed else None
+    return _section("checkpoints", "Checkpoints", text, [shown], [listed, logged])
+
+
+def _share_section(results: Results) -> Section | None:
+    text = (
+        "Workers train side by side and merge after some local steps; they exchange only the coordinates of their "
+        "masks, and every byte is counted where it is handed over."
+    )
+    shown = [distributed.bytes_figure(results), distributed.steps_figure(results)]
+    listed: list[Table | None] = []
+    for kind, number in distributed.NUMBERS.items():
+        table = distributed.share_table(results, kind)
+        listed += [table, reference_table(number, results.share_tasks) if table else None]
+    return _section("distributed", "Distributed training", text, shown, listed)
 
 
 def _detail_section(results: Results) -> Section | None:
@@ -223,6 +242,7 @@ _SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     _main_section,
     _sweep_section,
     _mask_section,
+    _share_section,
     _checkpoint_section,
     _detail_section,
 )

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.reports.cells import Cell
 from pipeline.reports.chains import ChainCell
-from pipeline.reports.results import Cell
+from pipeline.reports.shares import ShareCell
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -104,7 +105,7 @@ def metric_title(metric: str) -> str:
     return "accuracy, %" if metric == "accuracy" else f"{metric} × 100" if metric in _HUNDREDTHS else metric
 
 
-def score_text(cell: Cell | ChainCell | None) -> str:
+def score_text(cell: Cell | ChainCell | ShareCell | None) -> str:
     """``90.5 ± 0.4``: mean and sample standard deviation in ``metric_title``'s unit; no ± for a single seed."""
     if cell is None or cell.mean is None:
         return MISSING

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.reports.chains import ChainCell
-from pipeline.reports.results import MIN_SEEDS, Cell, Results
+from pipeline.reports.cells import Cell
+from pipeline.reports.notes import bold_notes, cell_notes, few_seeds, remark_text
+from pipeline.reports.results import MIN_SEEDS, Results
 from pipeline.reports.table import (
     MISSING,
     Entry,
@@ -46,7 +47,7 @@ def main_table(results: Results) -> Table:
             ))
             records.append(_record(cell, task, method, "main"))
     columns = ("task", "method", "score", "seeds", "trained", "artifact", "dense file", "lr")
-    notes = (*_notes(_cells(results, "main")), *_bold_notes(results))
+    notes = (*cell_notes(results.at("main")), *bold_notes(results))
     return Table(
         "main", "Main result: score after training only the mask", columns, tuple(rows), tuple(records), notes
     )
@@ -66,7 +67,7 @@ def overview_table(results: Results) -> Table | None:
         ))
         records.append({"method": method} | {f"{task}_mean": cell and cell.mean for task, cell in cells.items()})
     titles = [f"{task}, {metric_title(_metric(results, task))}" for task in results.tasks]
-    notes = (*_notes(_cells(results, "main")), *_bold_notes(results))
+    notes = (*cell_notes(results.at("main")), *bold_notes(results))
     return Table("overview", "Methods by task", ("method", *titles), tuple(rows), tuple(records), notes, words=1)
 
 
@@ -104,8 +105,8 @@ def difference_table(results: Results) -> Table | None:
     notes = (
         "Differences are paired by seed. The interval is the percentile bootstrap of their mean; p is that of the "
         "paired t-test, two-sided.",
-        *_few_seeds(cells),
-        *_notes(cells, spread=False),
+        *few_seeds(cells),
+        *cell_notes(cells, spread=False),
     )
     title = "Paired differences of fish to the other methods, main setting"
     return Table("differences", title, columns, tuple(rows), tuple(records), notes)
@@ -145,7 +146,7 @@ def sweep_table(results: Results, axis: str) -> Table | None:
     name = "density" if axis == "density" else "scored examples"
     columns = ("task", "method", "setting", name, "score", "seeds", "artifact")
     title = f"Score against {name}"
-    return Table(f"sweep-{axis}", title, columns, tuple(rows), tuple(records), tuple(_notes(used)), words=3)
+    return Table(f"sweep-{axis}", title, columns, tuple(rows), tuple(records), tuple(cell_notes(used)), words=3)
 
 
 def mask_table(results: Results) -> Table | None:
@@ -201,7 +202,9 @@ def all_table(results: Results) -> Table | None:
     columns = (
         "task", "method", "setting", "score", "seeds", "coordinates", "density", "examples", "artifact", "lr",
     )  # fmt: skip
-    return Table("cells", "Every cell", columns, rows, records, tuple(_notes(cells)), words=3) if rows else None
+    return (
+        Table("cells", "Every cell", columns, rows, records, tuple(cell_notes(cells)), words=3) if rows else None
+    )
 
 
 def all_tables(results: Results) -> list[Table]:
@@ -237,10 +240,6 @@ def _metric(results: Results, task: str) -> str:
     return next(cell.metric for cell in results.cells.values() if cell.task == task)
 
 
-def _cells(results: Results, setting: str) -> list[Cell]:
-    return [cell for cell in results.cells.values() if cell.setting == setting]
-
-
 def _record(cell: Cell | None, task: str, method: str, setting: str) -> dict[str, Any]:
     """One csv row: raw numbers, and the data they were measured on."""
     identity = {"task": task, "method": method, "setting": setting}
@@ -262,73 +261,3 @@ def _record(cell: Cell | None, task: str, method: str, setting: str) -> dict[str
         | rows
         | scores
     )
-
-
-def _notes(cells: Sequence[Cell], *, spread: bool = True) -> list[str]:
-    """Seeds, spread, data and divergence of these cells."""
-    counts = sorted({len(cell.values) for cell in cells}) or [0]
-    number = f"n = {counts[0]} seeds" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]} seeds"
-    notes = [f"Mean ± sample standard deviation over {number}."] if spread and cells else []
-    for task in sorted({cell.task for cell in cells}):
-        of_task = [cell for cell in cells if cell.task == task]
-        titles = ", ".join(sorted({metric_title(cell.metric) for cell in of_task}))
-        notes.append(f"{task}: {titles}; {data_text(of_task[0])}.")
-    for cell in cells:
-        if cell.diverged or len(cell.values) < len(cell.scores):
-            lost = [seed for seed, score in cell.scores.items() if score is None]
-            name = f"{cell.task} {cell.method} {cell.setting}"
-            parts = [f"seed {s} diverged" + ("" if s in lost else " and is counted") for s in cell.diverged]
-            parts += [f"seed {s} has no score and is not counted" for s in lost]
-            notes.append(f"{name}: {'; '.join(parts)}.")
-    return notes
-
-
-def data_text(cell: Cell | ChainCell) -> str:
-    """``scored on 1,438 validation rows, trained on 3,000 train rows; <source> <revision>; <remarks>``."""
-    rows: dict[str, int] = dict(cell.data.get("rows") or {})
-    parts = []
-    scored = cell.data.get("reported", "validation")
-    if scored in rows:
-        parts.append(f"scored on {rows[scored]:,} {scored} rows")
-    if scored in rows and "train" in rows and scored != "train":
-        parts[0] += f", trained on {rows['train']:,} train rows"
-    if source := cell.data.get("source"):
-        parts.append(" ".join(str(part) for part in (source, cell.data.get("revision")) if part))
-    if remark := remark_text(cell):
-        parts.append(remark)
-    return "; ".join(parts) or "rows not recorded"
-
-
-def remark_text(cell: Cell | ChainCell) -> str:
-    """What is particular about the data: one remark, or one for each split."""
-    remarks = cell.data.get("remarks") or {}
-    told = [f"{split}: {remark}" for split, remark in remarks.items() if remark] + [cell.data.get("remark")]
-    return "; ".join(str(remark).strip().rstrip(".") for remark in told if remark)
-
-
-def _bold_notes(results: Results) -> list[str]:
-    best = {task: results.best_sparse(task) for task in results.tasks}
-    notes = []
-    for task, method in best.items():
-        if method is None:
-            notes.append(f"{task}: no sparse method is told apart from all the others, so none is bold.")
-        else:
-            notes.append(
-                f"{task}: {method} is bold, since its paired difference to each other sparse method excludes 0."
-            )
-    return notes + (_few_seeds(_cells(results, "main")) if any(best.values()) else [])
-
-
-def _few_seeds(cells: Sequence[Cell]) -> list[str]:
-    """What an interval from few seeds cannot say; n differences share their sign by chance in 2^(1-n)."""
-    n = min((count for cell in cells if (count := len(cell.values)) >= MIN_SEEDS), default=0)
-    if n == MIN_SEEDS:
-        return [
-            f"With {n} seeds such an interval is the range of the differences: it excludes 0 when all have one "
-            f"sign, which chance alone gives in 1 of {2 ** (n - 1)} comparisons: consistent, but not proven."
-        ]
-    if MIN_SEEDS < n < 10:
-        return [
-            f"With {n} seeds the bootstrap interval is somewhat too narrow; the t-test is the stricter reading."
-        ]
-    return []

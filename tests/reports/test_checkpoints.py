@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import DataError
 from pipeline.reports.checkpoints import checkpoint_table, decay_figure
 from pipeline.reports.page import write_report
-from pipeline.reports.results import load_results
+from pipeline.reports.reading import load_results
 
 BYTES = {"coordinates": 400, "values": 24_000, "buffers": 4000, "header": 1600}
 

@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 
 from pipeline.reports.figures import all_figures, layout_figure, methods_figure, sweep_figure
-from pipeline.reports.results import load_results
+from pipeline.reports.reading import load_results
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.reports.page import summary, write_report
-from pipeline.reports.results import load_results
+from pipeline.reports.reading import load_results
 
 
 class Reader(HTMLParser):

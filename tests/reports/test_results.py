@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.reports.results import load_results
+from pipeline.reports.reading import load_results
 
 
 def test_a_cell_is_read_with_its_seeds(demo):

@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.reports.results import load_results
+from pipeline.reports.reading import load_results
 from pipeline.reports.table import metric_title, p_text, percent, signed, size
 from pipeline.reports.tables import all_tables, difference_table, main_table, mask_table, sweep_table
 
