@@ -18,7 +18,8 @@ _WHOSE = {
     "3": "CIFAR-10 test accuracy of preliminary ResNet-9 runs, 50 epochs, two workers that each saw all of the "
     "data, one seed. Not comparable with ResNet-34: another model, and a simulation that sent nothing.",
     "4": "CIFAR-10 test accuracy of preliminary ResNet-9 runs, 100 epochs, one seed. Not comparable with "
-    "ResNet-34: another model; weight decay and momentum reached the frozen weights, rates were chosen on the test split.",
+    "ResNet-34: another model; weight decay and momentum reached the frozen weights, rates were chosen on the "
+    "test split.",
 }
 
 
