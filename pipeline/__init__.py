@@ -6,6 +6,7 @@ The public names. They are imported on first use, so that ``import pipeline`` co
     from pipeline import fisher_diagonal, Ranking, Mask                # what to train
     from pipeline import MaskedParameters, fit, Recipe, LocalSGD       # training it, alone or on several workers
     from pipeline import Delta, Chain                                  # keeping it
+    from pipeline import Predictor                                     # asking it
 
 Source: Sung, Nair, Raffel, "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021 (arXiv 2111.09839).
 """
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.masks.mask import Mask
     from pipeline.masks.ranking import Ranking
     from pipeline.parameters import ParameterIndex, base_digest
+    from pipeline.serving.predictor import Predictor
     from pipeline.training.loop import Recipe, fit
     from pipeline.training.masked import MaskedParameters
 
@@ -31,6 +33,7 @@ __all__ = [
     "Mask",
     "MaskedParameters",
     "ParameterIndex",
+    "Predictor",
     "Ranking",
     "Recipe",
     "base_digest",
@@ -45,6 +48,7 @@ _HOME = {
     "Mask": "pipeline.masks.mask",
     "MaskedParameters": "pipeline.training.masked",
     "ParameterIndex": "pipeline.parameters",
+    "Predictor": "pipeline.serving.predictor",
     "Ranking": "pipeline.masks.ranking",
     "Recipe": "pipeline.training.loop",
     "base_digest": "pipeline.parameters",

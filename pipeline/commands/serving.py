@@ -8,7 +8,7 @@ import typer
 from pipeline.commands.options import AsJson
 
 app = typer.Typer()
-PANEL = "Your own data and model"
+PANEL = "Your model, your data"
 
 Deltas = Annotated[
     list[str],
@@ -111,3 +111,22 @@ def register(
         delta, name, base=base, text=text or (), max_length=max_length, example=example, alias=alias,
         batch_size=batch_size, device=device, precision=precision,
     ).show(as_json)  # fmt: skip
+
+
+@app.command(rich_help_panel=PANEL)
+def publish(
+    delta: Annotated[Path, typer.Argument(help="A delta file, or a tuned folder.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", "-b", help="What others find the base by: a hub id. [as the delta names it]"),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", "-n", help="Of the model. [the task's]")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="Its identifier, such as apache-2.0.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what stands at --to.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a folder for a model hub: the delta, its description, a model card with scores and provenance."""
+    from pipeline.serving import publishing
+
+    publishing.publish(delta, to, base=base, name=name, licence=licence, force=force).show(as_json)
