@@ -1,9 +1,10 @@
 """What the workers of a run say to each other; every byte is counted.
 
-A sum over the workers is made of an all-to-all and an all-gather: each rank adds up one part of the vector, in the
-order of the ranks, and hands it to all. That is as many bytes as a ring all-reduce (each rank sends
-2 (W-1)/W of the vector), but with an order of summation that no backend, device or number of buckets changes: all
-ranks end bitwise equal, and equal to W workers simulated in one process that adds in the order of the ranks.
+A sum over the workers is made of two all-to-alls: each rank adds up one part of the vector, in the order of the
+ranks, and hands it to all. That is as many bytes as a ring all-reduce (each rank sends 2 (W-1)/W of the vector),
+in two journeys over the network instead of 2 (W-1), and with an order of summation that no backend, device or
+number of buckets changes: all ranks end bitwise equal, and equal to W workers simulated in one process that adds
+in the order of the ranks.
 
 Shape legend: W ranks; n elements of one part, ceil(size / W).
 """
@@ -11,12 +12,12 @@ Shape legend: W ranks; n elements of one part, ceil(size / W).
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.distributed.rows import Rows
 from pipeline.errors import MismatchError, WorkerError
 from pipeline.parameters import byte_view
 
@@ -40,53 +41,56 @@ class Collectives:
         self.size: int = dist.get_world_size(group) if there else 1
         self._on_device = there and "nccl" in dist.get_backend(group)
         self.bytes: Counter[str] = Counter()
+        self._room: Tensor | None = None
 
     @property
     def bytes_sent(self) -> int:
         """All bytes that this rank has handed over so far."""
         return self.bytes.total()
 
-    def sum(
-        self, tensors: Mapping[str, Tensor], residuals: MutableMapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Add tensors up over the ranks, all of them in one exchange.
+    def sum_(self, tensors: Mapping[str, Tensor], residuals: MutableMapping[str, Tensor] | None = None) -> None:
+        """Add tensors up over the ranks, all of them in one exchange; each is overwritten by its sum.
 
         s = ((x_0 + x_1) + x_2) + ..., in the tensor's own dtype, so that integers stay exact. A tensor that has a
         residual travels in bf16 with error feedback: what rounding to bf16 loses, before the sum and after it, is
-        kept in the residual and added to the next call's.
+        kept in the residual and added to the next call's. The sums are bitwise equal on all ranks.
 
         Args:
-            tensors: purpose -> tensor, of the same shapes and dtypes on every rank.
+            tensors: purpose -> contiguous tensor, of the same shapes and dtypes on every rank.
             residuals: purpose -> fp32 tensor like it, this rank's rounding errors so far; updated in place.
-
-        Returns:
-            Purpose -> sum, bitwise equal on all ranks.
 
         Raises:
             WorkerError: if another worker died, hung, or cannot be reached.
         """  # noqa: DOC502 - raised by what it calls
         if self.size == 1:
-            return {name: tensor.clone() for name, tensor in tensors.items()}
+            return
         residuals = residuals or {}
-        coded = {name: self._padded(tensor, residuals.get(name)) for name, tensor in tensors.items()}
-        for name, rows_Wn in coded.items():
-            self.bytes[name] += 2 * (self.size - 1) * rows_Wn[0].numel() * rows_Wn.element_size()
-        received = self._all_to_all(torch.cat([_bytes(rows_Wn) for rows_Wn in coded.values()], dim=1))
-        parts = []
-        for name, rows_Wn in _split(received, coded).items():
-            total_n = rows_Wn[0].to(tensors[name].dtype, copy=True)
-            for row_n in rows_Wn[1:]:
-                total_n += row_n
-            part_n = total_n.to(rows_Wn.dtype)
+        rows = Rows(tensors, residuals, self.size)
+        sent, received = self._matrices(rows.width)
+        for name, tensor in tensors.items():
+            flat = tensor.detach().view(-1)
             if name in residuals:
-                mine = residuals[name].view(-1)[self.rank * len(part_n) :][: len(part_n)]
-                mine += (total_n - part_n)[: len(mine)]
-            parts.append(byte_view(part_n))
-        summed = _split(self._all_gather(torch.cat(parts)), coded)
-        return {
-            name: summed[name].reshape(-1)[: tensor.numel()].to(tensor.dtype).view(tensor.shape)
-            for name, tensor in tensors.items()
-        }
+                exact = residuals[name].view(-1).add_(flat)
+                flat = exact.to(torch.bfloat16)
+                exact -= flat
+            rows.fill(sent, name, flat)
+            self.bytes[name] += 2 * (self.size - 1) * rows.nbytes[name]
+        if rows.padding:
+            self.bytes["padding"] += 2 * (self.size - 1) * rows.padding
+        self._all_to_all(received, sent)
+        for name, tensor in tensors.items():
+            part_Wn = rows.part(received, name)
+            total_n = part_Wn[0].to(tensor.dtype)
+            for row_n in part_Wn[1:]:
+                total_n += row_n
+            rounded_n = total_n.to(part_Wn.dtype)
+            if name in residuals:
+                mine = residuals[name].view(-1)[self.rank * len(total_n) :][: len(total_n)]
+                mine += (total_n - rounded_n)[: len(mine)].to(mine.device)
+            rows.part(sent, name).copy_(rounded_n)
+        self._all_to_all(received, sent)
+        for name, tensor in tensors.items():
+            rows.read(received, name, tensor.detach().view(-1))
 
     def all_reduce_(self, name: str, tensor: Tensor) -> None:
         """Add a tensor up over the ranks in place, as the backend does it: what plain data-parallel training uses.
@@ -168,35 +172,25 @@ class Collectives:
                     "device and settings"
                 )
 
-    def _padded(self, tensor: Tensor, residual: Tensor | None) -> Tensor:
-        """Cut a tensor into one row per rank, padded with zeros: [W, n], in bf16 where there is a residual."""
-        flat = tensor.detach().reshape(-1)
-        if residual is not None:
-            exact = flat + residual.view(-1)
-            flat = exact.to(torch.bfloat16)
-            residual.view(-1).copy_(exact - flat)
-        rows = flat.new_zeros(self.size, -(-flat.numel() // self.size))
-        rows.view(-1)[: flat.numel()] = flat
-        return rows
+    def _matrices(self, width: int) -> tuple[Tensor, Tensor]:
+        """Two matrices of bytes [W, width] where the backend reads them, kept for the next time."""
+        need = self.size * width
+        if self._room is None or self._room.shape[1] < need:
+            self._room = torch.empty(2, need, dtype=torch.uint8, device="cuda" if self._on_device else "cpu")
+        return self._room[0, :need].view(self.size, width), self._room[1, :need].view(self.size, width)
 
-    def _all_to_all(self, rows: Tensor) -> Tensor:
-        """Send row r to rank r; returns the rows that were sent here, in the order of the ranks."""
-        sent = self._placed(rows)
-        received = torch.empty_like(sent)
+    def _all_to_all(self, received: Tensor, sent: Tensor) -> None:
+        """Send row r to rank r, and collect the rows that were sent here, in the order of the ranks."""
         with self._talking():
             dist.all_to_all_single(received, sent, group=self._group)
-        return received.to(rows.device)
 
     def _all_gather(self, row: Tensor) -> Tensor:
         """Collect one row from every rank: [W, length]."""
         if self.size == 1:
             return row[None].clone()
-        sent = self._placed(row)
-        received = sent.new_empty(self.size, len(row))
-        # renamed in torch 2.14
-        collect: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        with self._talking():
-            collect(received.view(-1), sent, group=self._group)
+        sent = self._placed(row).expand(self.size, -1).contiguous()
+        received = torch.empty_like(sent)
+        self._all_to_all(received, sent)
         return received.to(row.device)
 
     def _placed(self, tensor: Tensor) -> Tensor:
@@ -215,17 +209,3 @@ class Collectives:
                 f"rank {self.rank} of {self.size}: the exchange with the other workers failed: one of them died, "
                 f"hung or cannot be reached ({first}); run the same command again to go on from the last merge"
             ) from None
-
-
-def _bytes(rows_Wn: Tensor) -> Tensor:
-    """View the rows of a matrix as bytes."""
-    return byte_view(rows_Wn).view(len(rows_Wn), -1)
-
-
-def _split(rows: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo the concatenation of several [W, n] matrices' bytes."""
-    widths = [rows_Wn[0].numel() * rows_Wn.element_size() for rows_Wn in like.values()]
-    return {
-        name: part.contiguous().view(rows_Wn.dtype)
-        for part, (name, rows_Wn) in zip(rows.split(widths, dim=1), like.items(), strict=True)
-    }

@@ -46,6 +46,7 @@ class JointSpace:
         self._masked = masked
         mine, place = masked.mask, masked.values.device
         self.union = mine
+        self._change: Tensor | None = None
         self._places: Tensor | None = None  # of θ in the joint space; None where it is all of it
         counts = torch.full((mine.nnz,), float(wire.size))
         if own_masks and wire.size > 1:
@@ -91,14 +92,15 @@ class JointSpace:
             since: the values of all workers' coordinates before, [K].
 
         Returns:
-            [K]; 0 at coordinates that this worker does not train.
+            [K], overwritten by the next call; 0 at coordinates that this worker does not train.
         """
         theta = self._masked.values.detach()
+        if self._change is None:  # kept: a dense one costs more to allocate than to fill
+            self._change = torch.empty_like(since)
         if self._places is None:
-            return theta - since
-        change = torch.zeros_like(since)
-        change[self._places] = theta - since[self._places]
-        return change
+            return torch.sub(theta, since, out=self._change)
+        self._change.zero_()[self._places] = theta - since[self._places]
+        return self._change
 
     @torch.no_grad()
     def write_(self, values: Tensor) -> None:

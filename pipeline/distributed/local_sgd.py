@@ -35,6 +35,7 @@ from pipeline.training.masked import MaskedParameters, staying
 
 AVERAGES = ("mean", "sum")
 _DTYPES = (torch.float32, torch.bfloat16)
+_PIECE = 1 << 18  # elements
 Outer = Callable[[list[nn.Parameter]], Optimizer]
 
 
@@ -72,7 +73,7 @@ class LocalSGD:
         drift: root of the mean squared distance of the workers' changes from their mean, at the last merge.
         rank, size: of this worker, and the number of workers.
         bytes: handed to collectives by this rank, by purpose: ``values``, ``buffers``, ``counters``, ``masks``,
-            ``digests``, ``control``.
+            ``digests``, ``control``, ``padding``.
 
     Raises:
         ParamsError: if an argument is out of range.
@@ -229,19 +230,18 @@ class LocalSGD:
             return  # plain training: a + (θ - a) would round
         anchor = self._anchor.detach()
         change_K = self._space.change(anchor)
-        norm = change_K.double().square().sum().reshape(1)
-        packed = {"values": change_K, "control": norm, **self._buffers.pack(self.rank)}
-        sums = self._wire.sum(packed, self._residuals)
-        squared = float(sums["control"]) / self.size - float((sums["values"].double() / self.size).square().sum())
+        sums = {"values": change_K, "control": _squared(change_K), **self._buffers.pack(self.rank)}
+        self._wire.sum_(sums, self._residuals)
+        squared = float(sums["control"]) / self.size - float(_squared(change_K)) / self.size**2
         self.drift = max(squared, 0.0) ** 0.5
-        merged_K = sums["values"] / self._space.divisor
+        merged_K = change_K.div_(self._space.divisor)
         if self._outer is None:
             anchor += merged_K
         else:
-            self._anchor.grad = -merged_K
+            self._anchor.grad = merged_K.neg_()
             self._outer.step()
             self._anchor.grad = None
-        if not bool(torch.isfinite(anchor).all()):
+        if not _finite(anchor):
             raise DivergedError(
                 f"merge {self.merges} of {self.size} workers gave a value that is not finite: training diverged; "
                 "lower lr, or merge more often"
@@ -262,3 +262,13 @@ class LocalSGD:
         if not buffers_only:
             tensors |= {"values of all workers": self._anchor, **dict(self._masked.model.named_parameters())}
         return digest_of_digests({name: tensor_digest(tensor) for name, tensor in tensors.items()})
+
+
+def _squared(vector: Tensor) -> Tensor:
+    """Sum the squares in float64, a piece at a time: a dense θ in float64 would take twice its memory. [1]."""
+    return torch.stack([piece.double().square().sum() for piece in vector.split(_PIECE)]).sum().reshape(1)
+
+
+def _finite(vector: Tensor) -> bool:
+    """Tell whether all values are finite; their sum alone may overflow."""
+    return bool(torch.isfinite(vector.sum())) or bool(torch.isfinite(vector).all())

@@ -166,7 +166,9 @@ class Rounds:
             if not report:
                 return False
             if self.wire.size > 1:
-                self._buffers.unpack(self.wire.sum(self._buffers.pack(self.wire.rank)), self.wire.size)
+                sums = self._buffers.pack(self.wire.rank)
+                self.wire.sum_(sums)
+                self._buffers.unpack(sums, self.wire.size)
         else:
             try:
                 merged = self.sync.step() or (turn and self.sync.finish())

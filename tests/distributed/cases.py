@@ -184,8 +184,6 @@ def count_bytes(dist, size: int) -> list[int]:
             setattr(dist, name, watched)
 
     watch("all_to_all_single", lambda total: total * (size - 1) // size)  # one of W parts stays here
-    watch("all_gather_single", lambda total: total * (size - 1))
-    watch("all_gather_into_tensor", lambda total: total * (size - 1))
     return handed
 
 

@@ -26,7 +26,7 @@ from pipeline.parameters import ParameterIndex
 from pipeline.training.loop import Recipe, fit
 from pipeline.training.masked import MaskedParameters
 
-EPOCHS, LENGTH, TIMEOUT = 4, 6, 8.0
+EPOCHS, LENGTH, TIMEOUT = 4, 6, 20.0
 COURSES = {
     "plain": {"every": 4},
     "ddp": {"every": 0},
@@ -81,6 +81,15 @@ def train(
     return model, rounds, result
 
 
+def leave(folder: Path, world: Collectives, model: torch.nn.Module, rounds: Rounds, result) -> None:
+    """Write down what this rank ends with."""
+    rank = world.rank
+    save_file(dict(model.state_dict()), folder / f"end-{rank}.safetensors")
+    outcome = {"records": rounds.records, "bytes": rounds.bytes, "resumed": result.resumed_from}
+    outcome |= {"touched": rounds.touched.digest, "world": world.size}
+    (folder / f"end-{rank}.json").write_text(json.dumps(outcome))
+
+
 def main() -> None:
     folder, name, *fault = Path(sys.argv[1]), *sys.argv[2:]
     rank = int(os.environ["RANK"])
@@ -105,10 +114,7 @@ def main() -> None:
         except DivergedError as error:
             (folder / f"diverged-{rank}").write_text(str(error))
             return
-    save_file(dict(model.state_dict()), folder / f"end-{rank}.safetensors")
-    outcome = {"records": rounds.records, "bytes": rounds.bytes, "resumed": result.resumed_from}
-    outcome |= {"touched": rounds.touched.digest, "world": world.size}
-    (folder / f"end-{rank}.json").write_text(json.dumps(outcome))
+    leave(folder, world, model, rounds, result)
 
 
 if __name__ == "__main__":

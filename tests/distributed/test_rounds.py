@@ -31,7 +31,7 @@ def start(folder, name, *fault, workers=2, restarts=0):
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def ends(process, within=90):
+def ends(process, within=300):
     return process.communicate(timeout=within)[1]
 
 
@@ -110,7 +110,7 @@ def test_a_hung_worker_trips_the_timeout(tmp_path):
     started = time.monotonic()
     errors = ends(process)
     assert process.returncode == 9
-    assert time.monotonic() - started < 8 * TIMEOUT
+    assert time.monotonic() - started < 6 * TIMEOUT
     assert "rank 0 of 2: the exchange with the other workers failed" in errors
     assert not alive(tmp_path / "run")
 
