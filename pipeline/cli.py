@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands import artifacts, checkpoints, glue, pipeline, profiles, project, serving, stages
+from pipeline.commands import artifacts, checkpoints, glue, pipeline, profiles, project, serving, stages, tuning
 from pipeline.errors import FishmaskError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.add_typer(pipeline.app)
 app.add_typer(profiles.app, name="profile", rich_help_panel="The pipeline")
+app.add_typer(tuning.app)
 app.add_typer(stages.app)
 app.add_typer(artifacts.app)
 app.add_typer(checkpoints.app, name="checkpoint", rich_help_panel="Masks and deltas")

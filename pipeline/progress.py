@@ -25,6 +25,7 @@ class ProgressLine:
         self._live: Progress | None = None
         self._row = TaskID(0)
         self._last = 0.0
+        self._begun: tuple[int, float] | None = None
 
     def __enter__(self) -> "ProgressLine":
         if self._stream.isatty():
@@ -50,12 +51,25 @@ class ProgressLine:
     def update(self, done: int, total: int, note: str = "") -> None:
         """Show that ``done`` of ``total`` steps are done.
 
-        In no terminal a line is printed every ten seconds and at the end.
+        In no terminal a line is printed every ten seconds and at the end, with the time that the rest will take at
+        the pace so far.
         """
         if self._live is not None:
             self._live.update(self._row, completed=done, total=total, note=note)
             return
         now = time.monotonic()
+        self._begun = self._begun or (done, now)
         if done == total or now - self._last > _PLAIN_EVERY_SECONDS:
             self._last = now
+            first, begun = self._begun
+            if first < done < total:
+                left = round((now - begun) / (done - first) * (total - done))
+                note = f"{note}, about {left // 60}:{left % 60:02d} left".removeprefix(", ")
             print(f"{self._what}: {done}/{total} {note}".rstrip(), file=self._stream, flush=True)
+
+    def say(self, sentence: str) -> None:
+        """Show a sentence for good, above the line of work."""
+        if self._live is not None:
+            self._live.console.print(sentence, markup=False, highlight=False)
+        else:
+            print(sentence, file=self._stream, flush=True)

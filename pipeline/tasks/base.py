@@ -58,6 +58,7 @@ class Task:
         self.reported = "validation" if "validation" in manifest["splits"] else "test"
         self._splits: dict[str, TextSplit | ImageSplit] = {}
         self._groups: Rows | None = None
+        self._parts: dict[str, Rows] = {}
 
     @classmethod
     def load(cls, folder: Path | str, model: ModelSettings, metric: str) -> "Task":
@@ -186,9 +187,15 @@ class Task:
         """
         if split in ("fit", "tune"):
             return self._tuning["fit tune".split().index(split)]
+        if split in self._parts:
+            return self._parts[split]
         if split not in self.sizes:
             raise DataError(f"{self._folder}: no split '{split}'; expected {', '.join(self.sizes)}, fit or tune")
         return np.arange(self.sizes[split], dtype=np.int64)
+
+    def name_part(self, name: str, rows: Rows) -> None:
+        """Give some rows of train a name, to train or evaluate on them as on a split."""
+        self._parts[name] = rows
 
     @cached_property
     def _tuning(self) -> tuple[Rows, Rows]:
@@ -291,7 +298,7 @@ class Task:
         return Batches(groups, lambda _, group: data.batch(group, device))
 
     def _split(self, split: str) -> TextSplit | ImageSplit:
-        file = "train" if split in ("fit", "tune") else split
+        file = "train" if split in ("fit", "tune") or split in self._parts else split
         if file not in self._splits:
             self.rows(file)
             table = read_split(self._folder, file, self.manifest["splits"][file])

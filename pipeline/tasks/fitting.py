@@ -9,8 +9,9 @@ from pipeline.progress import ProgressLine
 from pipeline.tasks.base import Task
 from pipeline.training.device import Device
 from pipeline.training.leak import LeakyParameters
-from pipeline.training.loop import AfterEpoch, FitResult, fit
+from pipeline.training.loop import AfterEpoch, FitResult, Progress, fit
 from pipeline.training.masked import MaskedParameters
+from pipeline.training.memory import in_pieces_that_fit
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import ResumeFile
 
@@ -55,17 +56,34 @@ def fit_task(
     trained, judged = splits or ("train", task.reported)
     where = device.device
     kind = LeakyParameters if leak else MaskedParameters
+    last: dict[str, float] = {}
+    size = EVALUATION * batch_size
+
+    def judge(model: nn.Module) -> dict[str, float]:
+        nonlocal size
+        scores, size = in_pieces_that_fit(
+            lambda most: task.evaluate(model, judged, most, where, device.autocast), size, "evaluation batches",
+            line.say,
+        )  # fmt: skip
+        last.update(scores)
+        return scores
+
+    def note(progress: Progress) -> str:
+        loss = [] if progress.loss is None else [f"loss {progress.loss:.3f}"]
+        return ", ".join([*loss, *([f"{task.metric} {last[task.metric]:.3f}"] if last else [])])
+
     with ProgressLine(name) as line, kind(model, mask) as masked:
         return fit(
             model,
             lambda epoch: task.batches(trained, batch_size, seed=recipe.seed, epoch=epoch, device=where),
             masked=masked,
             recipe=recipe,
-            evaluate=lambda m: task.evaluate(m, judged, EVALUATION * batch_size, where, device.autocast),
+            evaluate=judge,
             device=device,
             channels_last=task.kind == "image" and where.type == "cuda",
             resume=resume,
             log=log,
-            progress=lambda p: line.update(p.step, p.steps, "" if p.loss is None else f"loss {p.loss:.3f}"),
+            progress=lambda p: line.update(p.step, p.steps, note(p)),
             after_epoch=after_epoch,
+            say=line.say,
         )

@@ -1,7 +1,7 @@
 """Find the files of a data folder's splits by their names.
 
-Plain: ``train.parquet``; subsets: ``train_subset.parquet``, ``validation_matched.csv``; the hub's shards:
-``data/train-00000-of-00002.parquet``.
+Plain: ``train.parquet``, ``train.csv.gz``; subsets: ``train_subset.parquet``, ``validation_matched.csv``; the
+hub's shards: ``data/train-00000-of-00002.parquet``.
 """
 
 import re
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import DataError
-from pipeline.tasks.tables import EXTENSIONS
+from pipeline.tasks.tables import EXTENSIONS, parts_of
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 _SHARD = re.compile(r"(?P<stem>.+?)-(?P<index>\d{5})-of-(?P<count>\d{5})")
@@ -28,14 +28,18 @@ class SplitFiles:
     variant: str
 
 
-def find_splits(folder: Path) -> dict[str, SplitFiles]:
+def find_splits(folder: Path, *, judged: bool = True) -> dict[str, SplitFiles]:
     """Find train, validation and test in a folder, its ``data/``, or its only subfolder.
 
     Where a split has several variants, the plain name wins, then ``_matched`` (MNLI's), beside which
     ``_mismatched`` is a split of its own.
 
+    Args:
+        folder: the folder.
+        judged: whether validation or test must be there, too.
+
     Returns:
-        Split -> its files; train, and validation or test, are always there.
+        Split -> its files; train is always there.
 
     Raises:
         DataError: if there is no data file, a split or a shard is missing, or two files could be the same split.
@@ -50,7 +54,7 @@ def find_splits(folder: Path) -> dict[str, SplitFiles]:
         )
     found = {split: files for split in SPLITS if (files := _choose(folder, split, names))}
     for missing, there in (("train", "train" in found), ("validation", "validation" in found or "test" in found)):
-        if not there:
+        if not there and (judged or missing == "train"):
             raise DataError(
                 f"{folder}: split '{missing}' is missing; expected {missing}.parquet (or .csv, .tsv, .jsonl, "
                 ".json), "
@@ -72,13 +76,10 @@ def _stems(folder: Path) -> dict[str, list[Path]]:
     """Name without extension and shard number -> its files."""
     names: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix.removeprefix(".").lower() in EXTENSIONS
-            and not path.name.startswith(".")
-        ):
-            match = _SHARD.fullmatch(path.stem)
-            names.setdefault(match["stem"] if match else path.stem, []).append(path)
+        name = parts_of(path)
+        if path.is_file() and name.kind in EXTENSIONS and not path.name.startswith("."):
+            match = _SHARD.fullmatch(name.stem)
+            names.setdefault(match["stem"] if match else name.stem, []).append(path)
     return names
 
 
@@ -106,7 +107,7 @@ def _choose(folder: Path, split: str, names: dict[str, list[Path]]) -> SplitFile
 
 
 def _shards(folder: Path, paths: list[Path]) -> tuple[Path, ...]:
-    shards = [_SHARD.fullmatch(path.stem) for path in paths]
+    shards = [_SHARD.fullmatch(parts_of(path).stem) for path in paths]
     numbers = sorted(int(shard["index"]) for shard in shards if shard)
     count = max((int(shard["count"]) for shard in shards if shard), default=0)
     if None in shards and len(paths) > 1:

@@ -53,7 +53,7 @@ def load_model(
         if kind != "image":
             raise ModelError(f"{_KEY}: '{model.source}' is for images; expected a pretrained text model")
         return resnet.build(source.name, channels, outputs, seed)
-    path = _locate(model)
+    path = located(model)
     if Path(path).is_dir():
         _check_folder(Path(path))
     with _hub_library(model, "a model"), torch.random.fork_rng(devices=[]):
@@ -111,7 +111,7 @@ def load_tokenizer(model: ModelSettings) -> Any:
     """
     if parse(model.source).kind == "builtin":
         raise ModelError(f"{_KEY}: '{model.source}' is for images; expected a pretrained text model")
-    path = _locate(model)
+    path = located(model)
     with _hub_library(model, "a tokenizer"):
         from transformers import AutoTokenizer
 
@@ -123,8 +123,28 @@ def load_tokenizer(model: ModelSettings) -> Any:
     return tokenizer
 
 
-def _locate(model: ModelSettings) -> str:
-    """The folder of a package's or folder's model, or the hub id."""
+def model_config(model: ModelSettings) -> dict[str, Any]:
+    """Read a model's config.json, as its architecture completes it; a ModelError if there is none to be had.
+
+    Returns:
+        Its content.
+    """
+    path = located(model)
+    with _hub_library(model, "a config.json"):
+        from transformers import AutoConfig
+
+        return dict(AutoConfig.from_pretrained(path, revision=model.revision).to_dict())
+
+
+def located(model: ModelSettings) -> str:
+    """Find a model of the hub's layout.
+
+    Returns:
+        The folder of a package's or folder's model, or the hub id.
+
+    Raises:
+        ModelError: if it is not there.
+    """
     source = parse(model.source)
     if source.kind == "package":
         return str(package_model(source.name))

@@ -110,7 +110,7 @@ def read_raw(task: str, data: DataSettings, files: Mapping[str, Path | str] | No
         )
     folder = data_folder(task, source)
     if folder is None:
-        splits = _read_hub(task, source, data.revision)
+        splits = read_hub(task, source, data.revision)
     else:
         splits = _read_files(find_splits(folder), text, known)
     return RawData(splits, data.revision, licence, known)
@@ -150,7 +150,21 @@ def _remark(variant: str, rows: int, split: str, known: Published | None) -> str
     return words
 
 
-def _read_hub(task: str, source: Source, revision: str | None) -> dict[str, RawSplit]:
+def read_hub(task: str, source: Source, revision: str | None, *, judged: bool = True) -> dict[str, RawSplit]:
+    """Read a data set from the hub, or from its cache.
+
+    Args:
+        task: its name, for messages.
+        source: the hub id.
+        revision: None for the newest.
+        judged: whether validation or test must be there, beside train.
+
+    Returns:
+        Split -> its rows.
+
+    Raises:
+        DataError: if it is not to be had, or lacks a split.
+    """  # noqa: DOC501 - raised through hub_error
     prepare_hub()
     import datasets
 
@@ -171,6 +185,6 @@ def _read_hub(task: str, source: Source, revision: str | None) -> dict[str, RawS
         if f"{split}_mismatched" in loaded:
             part, variant = loaded[f"{split}_mismatched"], f"{split}_mismatched"
             splits[variant] = RawSplit(part.with_format("arrow")[:], f"{name} {variant}")
-    if "train" not in splits or len(splits) < 2:
+    if "train" not in splits or (judged and len(splits) < 2):
         raise DataError(f"{key}: '{name}' holds {', '.join(loaded)}; expected train, and validation or test")
     return splits

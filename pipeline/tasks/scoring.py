@@ -19,6 +19,7 @@ from pipeline.tasks.base import Task
 from pipeline.tasks.batches import Batches
 from pipeline.training.loop import fit
 from pipeline.training.masked import MaskedParameters
+from pipeline.training.memory import Say, in_pieces_that_fit
 from pipeline.training.methods import method_named
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import undisturbed
@@ -29,7 +30,7 @@ _WARM_LR = 0.01  # for AdamW on the head alone, where it matters little
 
 def scores_for(
     method: str, task: Task, model: nn.Module, *,
-    kind: str, power: str, examples: int, batch_size: int, seed: int, split: str = "train",
+    kind: str, power: str, examples: int, batch_size: int, seed: int, split: str = "train", say: Say | None = None,
     selection: str = "global", exclude: Sequence[str] = (), heads: int = 1, warm_head: int = 0,
     head: Sequence[str] = (),
 ) -> dict[str, Tensor] | None:  # fmt: skip
@@ -45,6 +46,7 @@ def scores_for(
         batch_size: examples per batch.
         seed: of the draw, and of further heads.
         split: what to draw from.
+        say: takes a sentence where batches had to be smaller; scores do not depend on that.
         selection: as in ``pipeline.masks.selection``.
         exclude: likewise.
         heads: as in ``raw_scores``.
@@ -57,10 +59,14 @@ def scores_for(
     if not method_named(method).needs_ranking:
         return None
     where = next(model.parameters()).device
-    batches = task.examples(examples, batch_size, seed=seed, split=split, device=where)
-    scores = raw_scores(
-        task, model, batches, kind=kind, power=power, seed=seed, heads=heads, warm_head=warm_head, head=head
-    )
+
+    def score(size: int) -> dict[str, Tensor]:
+        batches = task.examples(examples, size, seed=seed, split=split, device=where)
+        return raw_scores(
+            task, model, batches, kind=kind, power=power, seed=seed, heads=heads, warm_head=warm_head, head=head
+        )
+
+    scores, _ = in_pieces_that_fit(score, batch_size, "scoring batches", say)
     return selected(scores, selection, exclude)
 
 

@@ -17,17 +17,23 @@ FORMAT, VERSION = "fishmask-data", 1
 _AGAIN = "run `fishmask fetch` again"
 
 
-def write_split(folder: Path, split: str, table: pa.Table) -> str:
+def write_split(folder: Path, split: str, table: pa.Table, metadata: dict[str, str] | None = None) -> str:
     """Write one split; nothing in the bytes depends on time or place.
+
+    Args:
+        folder: where.
+        split: its name.
+        table: its rows.
+        metadata: what the file says besides; no part of the digest.
 
     Returns:
         The digest of its content (see ``table_digest``).
     """
-    table = table.replace_schema_metadata(None).combine_chunks()
+    table = table.replace_schema_metadata(metadata).combine_chunks()
     buffer = io.BytesIO()
     pq.write_table(
         table, buffer, version="2.6", compression="zstd", compression_level=3, write_statistics=False,
-        store_schema=False, row_group_size=1 << 20,
+        store_schema=metadata is not None, row_group_size=1 << 20,
     )  # fmt: skip
     write_bytes(folder / f"{split}.parquet", buffer.getbuffer())
     return table_digest(table)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import ParamsError
 from pipeline.tasks.draws import Rows
-from pipeline.tasks.models import load_tokenizer
+from pipeline.tasks.models import load_tokenizer, model_config
 from pipeline.tasks.settings import ModelSettings
 from pipeline.tasks.store import values_of
 
@@ -67,6 +67,36 @@ class Tokenizer:
         )
         kinds = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
         return {name: pa.array(encoded[name], kinds[name]) for name in FIELDS if name in encoded}
+
+    def count_cut(self, texts: Sequence[pa.Array]) -> int:
+        """Count the examples that are longer than the model's length.
+
+        Args:
+            texts: as in ``columns``.
+
+        Returns:
+            How many.
+        """
+        rows = zip(*(column.to_pylist() for column in texts), strict=True)
+        # A token is a character at least, so that most examples need no counting.
+        long = [row for row in rows if sum(map(len, row)) > self.settings["max_length"] // 2]
+        if not long:
+            return 0
+        whole = self._tokenizer(
+            *map(list, zip(*long, strict=True)), truncation=False, return_attention_mask=False, verbose=False
+        )
+        return sum(len(ids) > self.settings["max_length"] for ids in whole["input_ids"])
+
+
+def longest_text(model: ModelSettings) -> int:
+    """Find the most tokens that both a model and its tokenizer take, 512 where neither says.
+
+    Returns:
+        Tokens, special ones included.
+    """
+    limit = int(Tokenizer(model).settings["max_length"])
+    positions = model_config(model).get("max_position_embeddings")
+    return min(limit, positions) if isinstance(positions, int) and positions > 0 else limit
 
 
 class TextSplit:

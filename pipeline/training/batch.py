@@ -1,12 +1,13 @@
 """What the loop asks of a batch: its number of examples, and the layout of its images."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.fisher.batches import rows_of
 from pipeline.losses import Batch
 
 
@@ -28,6 +29,25 @@ def count_examples(batch: Batch) -> int:
     if count == 0:
         raise DataError("a training batch has no examples; leave empty batches out")
     return count
+
+
+def pieces(batch: Batch, size: int, most: int) -> Iterator[tuple[Batch, int]]:
+    """Cut a batch into pieces of some examples each.
+
+    Args:
+        batch: of ``size`` examples.
+        size: how many.
+        most: examples in a piece; 0 leaves the batch whole.
+
+    Yields:
+        Each piece, and its number of examples.
+    """
+    if most == 0 or size <= most:
+        yield batch, size
+        return
+    for start in range(0, size, most):
+        stop = min(start + most, size)
+        yield rows_of(batch, start, stop, size), stop - start
 
 
 def to_channels_last(batch: Batch) -> Batch:

@@ -28,10 +28,11 @@ from pipeline.errors import (
 from pipeline.losses import Batch, example_losses, to_device
 from pipeline.masks.mask import Mask
 from pipeline.parameters import tensor_digest
-from pipeline.training.batch import count_examples, to_channels_last
+from pipeline.training.batch import count_examples, pieces, to_channels_last
 from pipeline.training.device import Device
 from pipeline.training.ledger import FitResult, Ledger, Progress
 from pipeline.training.masked import MaskedParameters
+from pipeline.training.memory import Say, halved, out_of_memory
 from pipeline.training.recipe import Recipe, make_optimizer
 from pipeline.training.resume import ResumeFile, undisturbed
 from pipeline.training.schedule import Schedule, make_schedule
@@ -62,11 +63,14 @@ def fit(
     should_stop: Callable[[], bool] | None = None,
     sync: Sync | None = None,
     after_epoch: AfterEpoch | None = None,
+    say: Say | None = None,
 ) -> FitResult:
     """Train θ, and write it into the model.
 
     An optimizer step takes the gradient of the mean loss over all examples of its ``accumulate`` batches, whatever
     their sizes: with N examples, (1/N) Σ_n ∇ℓ_n. The last step of an epoch takes the batches that are left.
+    A batch that does not fit the memory is cut into micro-batches, half as large until they fit, whose gradients
+    add up to the same step; BatchNorm, in train mode, takes its statistics over the smaller pieces.
     The model trains in train mode (dropout, BatchNorm on batch statistics) and is left in eval mode. torch's
     generators are seeded with ``recipe.seed``; the order of the data is the callable's business. On the CPU two
     runs with the same thread count are bit-identical.
@@ -98,13 +102,15 @@ def fit(
             epoch, and the model is in eval mode and as it was before masking, so that it can be scored. It must
             leave the values alone, and do the same when it is called again for an epoch, as it may be after a
             kill. Moments follow the coordinates that stay (``MaskedParameters.remask_``).
+        say: takes a sentence where the run had to change its ways: micro-batches.
 
     Returns:
         History, steps, time, memory.
 
     Raises:
         ParamsError: if the mask chooses nothing, or autocast is asked for in another dtype than bfloat16.
-        ModelError: if the model is on another device than said, or the loss is not one number per example.
+        ModelError: if the model is on another device than said, the loss is not one number per example, or not
+            even one example fits the memory.
         DataError: if there are no batches, an empty one, or another number of them in another epoch.
         DivergedError: if the loss or θ is no longer finite; carries the history.
         Interrupted: on SIGTERM or Ctrl-C (caught where ``resume`` is given), or ``should_stop``: after the step
@@ -117,7 +123,7 @@ def fit(
     _check(masked, device, autocast)
     ledger = Ledger(masked.values.device, log, log_every, progress)
     run = _Run(model, batches, masked, recipe, evaluate, loss or example_losses, autocast, channels_last, ledger)
-    run.resume, run.should_stop, run.sync, run.after_epoch = resume, should_stop, sync, after_epoch
+    run.resume, run.should_stop, run.sync, run.after_epoch, run.say = resume, should_stop, sync, after_epoch, say
     with StopSignals(enabled=resume is not None) as run.signals:
         return run.all()
 
@@ -139,6 +145,7 @@ class _Run:
     should_stop: Callable[[], bool] | None = None
     sync: Sync | None = None
     after_epoch: AfterEpoch | None = None
+    say: Say | None = None
     signals: StopSignals = field(default_factory=StopSignals)
 
     def all(self) -> FitResult:
@@ -224,17 +231,7 @@ class _Run:
         for settings in self.optimizer.param_groups:
             settings["lr"] = self._lr(at.step)
         sizes = [count_examples(batch) for batch in group]
-        for batch, size in zip(group, sizes, strict=True):
-            batch = to_device(batch, self.place)
-            with self._precision():
-                losses = self.loss(self.model, to_channels_last(batch) if self.channels_last else batch)
-            if losses.shape != (size,):
-                raise ModelError(
-                    f"the loss has shape {list(losses.shape)} for a batch of {size} examples; "
-                    f"loss=(model, batch) must return each example's own loss, [{size}]"
-                )
-            total = losses.float().sum() if losses.dtype in (torch.bfloat16, torch.float16) else losses.sum()
-            (total / sum(sizes)).backward()
+        for total in self._backward(group, sizes):
             self.ledger.enter(total)
         if self.sync is not None:
             self.sync.before_step()
@@ -247,6 +244,36 @@ class _Run:
         if self.sync is not None:
             self.together = self.sync.after_step(at.step, last=at.step == self.steps)
             self.remasked = self.remasked or self.masked.chosen is not self.begun
+
+    def _backward(self, group: list[Batch], sizes: list[int]) -> list[Tensor]:
+        """Add up the gradient of a step, in micro-batches that fit; returns the summed loss of each."""
+        while True:
+            try:
+                return [
+                    self._backward_piece(piece, size, sum(sizes))
+                    for batch, whole in zip(group, sizes, strict=True)
+                    for piece, size in pieces(batch, whole, self.at.micro)
+                ]
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            self.masked.values.grad = None  # outside the handler, whose traceback holds what is to be freed
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            self.at.micro = halved(min(self.at.micro or max(sizes), max(sizes)), "micro-batches", self.say)
+
+    def _backward_piece(self, batch: Batch, size: int, examples: int) -> Tensor:
+        batch = to_device(batch, self.place)
+        with self._precision():
+            losses = self.loss(self.model, to_channels_last(batch) if self.channels_last else batch)
+        if losses.shape != (size,):
+            raise ModelError(
+                f"the loss has shape {list(losses.shape)} for a batch of {size} examples; "
+                f"loss=(model, batch) must return each example's own loss, [{size}]"
+            )
+        total = losses.float().sum() if losses.dtype in (torch.bfloat16, torch.float16) else losses.sum()
+        (total / examples).backward()
+        return total.detach()
 
     def _read_losses(self) -> None:
         step = self.ledger.read()

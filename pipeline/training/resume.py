@@ -78,6 +78,7 @@ class Position:
         window_loss, window_examples: the same since the loss was last logged.
         seconds: time spent in the loop, over all its lives.
         peak_memory_bytes: the most memory used, over all its lives.
+        micro: examples in a micro-batch, where batches did not fit the memory; 0 for whole batches.
         history: one dict per finished epoch.
     """
 
@@ -91,6 +92,7 @@ class Position:
     window_examples: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+    micro: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
