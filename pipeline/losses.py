@@ -3,7 +3,7 @@
 A batch is either a mapping with ``labels`` and whatever else the model takes (the transformers convention)
 or a pair ``(inputs, targets)``.
 
-Shape legend: B examples, C classes or outputs.
+Shape legend: B examples, C classes or outputs, T tokens of a text, V tokens of a vocabulary.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Batch = Mapping[str, Any] | tuple[Any, Any] | list[Any]
+IGNORED = -100
+"""The target of a token that is not to be predicted: of the prompt, or padding."""
 
 
 def targets_of(batch: Batch) -> Tensor:
-    """Pick the targets [B] (int64 classes) or [B] / [B, C] (floats, regression) out of a batch.
+    """Pick the targets out of a batch: int64 classes [B], floats [B] or [B, C], or int64 tokens [B, T].
 
     Returns:
         The targets.
@@ -30,7 +32,7 @@ def outputs_of(model: nn.Module, batch: Batch) -> Tensor:
     """Run a batch through the model without its labels, so that the model computes no loss of its own.
 
     Returns:
-        Outputs [B, C]: logits of C classes, or C regression outputs.
+        Outputs [B, C]: logits of C classes, or C regression outputs; [B, T, V] of a language model.
     """
     if isinstance(batch, Mapping):
         result = model(**{key: value for key, value in batch.items() if key != "labels"})
@@ -47,11 +49,12 @@ def losses_from(outputs: Tensor, targets: Tensor) -> Tensor:
     """Each example's own loss, computed in fp32 at least.
 
     Classification (integer targets): cross-entropy -log p(y|x). Regression (float targets): the squared error
-    (f(x) - y)², averaged over the outputs, as transformers trains it.
+    (f(x) - y)², averaged over the outputs, as transformers trains it. Language models: -log p(token | those
+    before), averaged over the example's targets that are not ``IGNORED``.
 
     Args:
-        outputs: [B, C], or [B] for regression.
-        targets: int64 [B], or floats [B] or [B, C].
+        outputs: [B, C], or [B] for regression, or [B, T, V].
+        targets: int64 [B], or floats [B] or [B, C], or int64 [B, T].
 
     Returns:
         Losses [B].
@@ -62,6 +65,9 @@ def losses_from(outputs: Tensor, targets: Tensor) -> Tensor:
     outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
     if not targets.is_floating_point() and outputs.ndim == 2 and targets.ndim == 1:
         return F.cross_entropy(outputs, targets, reduction="none")
+    if not targets.is_floating_point() and outputs.ndim == 3 and targets.shape == outputs.shape[:2]:
+        losses_BT = token_losses(outputs, targets)
+        return losses_BT.sum(dim=1) / (targets[:, 1:] != IGNORED).sum(dim=1).clamp(min=1)
     if targets.is_floating_point() and outputs.numel() == targets.numel():
         difference = outputs.reshape(len(targets), -1) - targets.reshape(len(targets), -1).to(outputs.dtype)
         return difference.square().mean(dim=1)
@@ -69,6 +75,16 @@ def losses_from(outputs: Tensor, targets: Tensor) -> Tensor:
         f"outputs {list(outputs.shape)} and targets {list(targets.shape)} ({targets.dtype}) are neither "
         "classification ([B, C] and int64 [B]) nor regression (as many floats); pass loss=(model, batch) -> [B]"
     )
+
+
+def token_losses(outputs_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Each token's own loss -log p(token | those before); 0 where the target is ``IGNORED``.
+
+    Returns:
+        Losses [B, T - 1] of the tokens from the second on.
+    """
+    logits_BVT = outputs_BTV[:, :-1].transpose(1, 2)
+    return F.cross_entropy(logits_BVT, targets_BT[:, 1:], reduction="none", ignore_index=IGNORED)
 
 
 def example_losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -121,7 +121,7 @@ class TrainParams(_Strict):
 class TaskParams(_Strict):
     """One task: its data, its base model, its budget and how it is scored and trained."""
 
-    kind: Literal["text", "image"]
+    kind: Literal["text", "image", "causal"]
     data: DataParams
     model: ModelParams
     head: list[str]

@@ -35,8 +35,8 @@ class Task:
 
     Attributes:
         name: of the task.
-        kind: ``text`` or ``image``.
-        classes: their names; None for regression.
+        kind: ``text``, ``image`` or ``causal``.
+        classes: their names; None for regression and completions.
         metric: how it is scored.
         data_digest: of everything in the data that reaches a model.
         model_source: where the base model comes from.
@@ -78,9 +78,12 @@ class Task:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        if metrics.needs_regression(metric) != (manifest["classes"] is None):
-            labels = "decimal numbers" if manifest["classes"] is None else f"{len(manifest['classes'])} classes"
-            fitting = metrics.REGRESSION if manifest["classes"] is None else metrics.CLASSIFICATION
+        labels = "decimal numbers" if manifest["classes"] is None else f"{len(manifest['classes'])} classes"
+        objective = "regression" if manifest["classes"] is None else "classification"
+        if manifest["kind"] == "causal":
+            labels, objective = "completions", "completion"
+        if metrics.objective_of(metric) != objective:
+            fitting = metrics.OBJECTIVES[objective]
             raise ParamsError(
                 f"tasks.{manifest['task']}.metric: '{metric}' does not fit labels that are {labels}; "
                 f"expected one of {', '.join(fitting)}"
@@ -127,7 +130,7 @@ class Task:
             "model": self.model_source,
             "revision": self._model.revision,
             "kind": self.kind,
-            "outputs": len(self.classes) if self.classes else 1,
+            "outputs": len(self.classes) if self.classes else int(self.kind != "causal"),
             "classes": self.classes,
             "channels": image["shape"][0] if image else None,
         }
@@ -145,13 +148,16 @@ class Task:
             channels=info["channels"] or 3,
         )  # fmt: skip
         self._check_fit(model)
+        if self.kind == "causal":
+            config: Any = model.config
+            config.use_cache = False  # it serves generation only, and holds memory in training
         return model
 
     def _check_fit(self, model: nn.Module) -> None:
         config: Any = getattr(model, "config", None)
         if config is None:
             return
-        if self.kind == "text":
+        if self.kind != "image":
             split = self._split("train")
             assert isinstance(split, TextSplit)
             ids, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
@@ -307,7 +313,7 @@ class Task:
                 labels = torch.from_numpy(values_of(table.column("label").combine_chunks()).copy())
             if file == "train" and "group" in table.column_names:
                 self._groups = values_of(table.column("group").combine_chunks())
-            if self.kind == "text":
+            if self.kind != "image":
                 self._splits[file] = TextSplit(table, labels, self.manifest["tokenizer"]["pad"])
             else:
                 image = self.manifest["image"]

@@ -1,12 +1,18 @@
-"""Score a model on batches."""
+"""Score a model on batches.
 
+Shape legend: N examples, B of a batch, T tokens, V of the vocabulary.
+"""
+
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.losses import Batch, losses_from, outputs_of, targets_of, to_device
+from pipeline.losses import IGNORED, Batch, losses_from, outputs_of, targets_of, to_device, token_losses
 from pipeline.tasks import metrics
+
+_LARGEST = 100.0  # of a mean loss whose exponential is told
 
 
 def evaluate(
@@ -37,10 +43,34 @@ def evaluate(
             for batch in batches:
                 on_device = to_device(batch, device)
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    outputs.append(outputs_of(model, on_device).float())
+                    output = outputs_of(model, on_device).float()
+                # The outputs of a language model are too large to be kept: T x V of them an example.
+                outputs.append(_of_completions(output, targets_of(on_device)) if output.ndim == 3 else output)
                 targets.append(targets_of(on_device))
+            if metrics.objective_of(metric) == "completion":
+                return _completions(torch.cat(outputs))
             all_outputs, all_targets = torch.cat(outputs), torch.cat(targets)
             loss = losses_from(all_outputs, all_targets).double().mean()
     finally:
         model.train(training)
     return metrics.score(metric, all_outputs.cpu().numpy(), all_targets.cpu().numpy()) | {"loss": float(loss)}
+
+
+def _of_completions(outputs_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """What is kept of each completion: its mean loss, its summed loss, its tokens, those that are the likeliest.
+
+    Returns:
+        float64 [B, 4].
+    """
+    asked_BT = targets_BT[:, 1:] != IGNORED
+    losses_BT = token_losses(outputs_BTV, targets_BT).double()
+    right_BT = (outputs_BTV[:, :-1].argmax(dim=2) == targets_BT[:, 1:]) & asked_BT
+    total_B, count_B = losses_BT.sum(dim=1), asked_BT.sum(dim=1)
+    return torch.stack((total_B / count_B.clamp(min=1), total_B, count_B, right_BT.sum(dim=1)), dim=1)
+
+
+def _completions(kept_N4: Tensor) -> dict[str, float]:
+    mean, total, count, right = kept_N4[:, 0].mean(), *kept_N4[:, 1:].sum(dim=0)
+    tokens = max(float(count), 1.0)
+    perplexity = math.exp(min(float(total) / tokens, _LARGEST))
+    return {"token_accuracy": float(right) / tokens, "perplexity": perplexity, "loss": float(mean)}

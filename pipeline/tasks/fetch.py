@@ -2,7 +2,9 @@
 
 Each split's parquet has ``row`` (int64, its row in the source split), ``label`` (int64 classes or float32; absent
 where the split is unlabelled), for texts ``text``, ``text_pair``, ``input_ids``, ``token_type_ids``, for images
-``pixels`` (uint8 [C, H, W]), and ``group`` where rows belong together.
+``pixels`` (uint8 [C, H, W]), for completions (kind ``causal``) ``text`` (the prompt), ``text_pair`` (the
+completion), ``input_ids`` of both and ``start`` (int32, where the completion begins), and ``group`` where rows
+belong together.
 """
 
 from collections.abc import Mapping
@@ -44,7 +46,7 @@ def fetch(
 
     Args:
         task: its name.
-        kind: ``text`` or ``image``.
+        kind: ``text``, ``image`` or ``causal``, whose label column holds completions.
         data: where from, which columns and rows.
         model: whose tokenizer is used, for text.
         out: where to write ``<split>.parquet`` and ``manifest.json``.
@@ -64,7 +66,10 @@ def fetch(
     regression = None if metric is None else needs_regression(metric)
     known = raw.published
     name = data.label or (known.label if known else "label")
-    labels, classes = encode_labels(raw.splits, name, known.classes if known else (), regression=regression)
+    labels: dict[str, np.ndarray | None] = dict.fromkeys(raw.splits)
+    classes: list[str] | None = None
+    if kind != "causal":
+        labels, classes = encode_labels(raw.splits, name, known.classes if known else (), regression=regression)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -78,10 +83,12 @@ def fetch(
     rows = {split: _limited(task, split, raw, data.limit) for split in raw.splits}
     if kind == "text":
         columns = _texts(task, data, model, raw, rows, manifest)
+    elif kind == "causal":
+        columns = _completions(task, data, name, model, raw, rows, manifest)
     elif kind == "image":
         columns = _images(raw, rows, manifest)
     else:
-        raise ParamsError(f"tasks.{task}.kind: '{kind}'; expected text or image")
+        raise ParamsError(f"tasks.{task}.kind: '{kind}'; expected text, image or causal")
     manifest["splits"] = {
         split: _write(out, split, columns[split], labels[split], rows[split], raw) for split in raw.splits
     }
@@ -122,6 +129,23 @@ def _texts(
     }
 
 
+def _completions(
+    task: str, data: DataSettings, label: str, model: ModelSettings, raw: RawData, rows: dict[str, Rows],
+    manifest: dict[str, Any],
+) -> dict[str, _Columns]:  # fmt: skip
+    names = list(data.text or ("prompt",))
+    if len(names) != 1:
+        raise ParamsError(f"tasks.{task}.data.text: {len(names)} columns; a completion has one, its prompt")
+    tokenizer = Tokenizer(model)
+    manifest["tokenizer"] = tokenizer.settings
+    columns: dict[str, _Columns] = {}
+    for split, part in raw.splits.items():
+        prompts, completions = (text_column(part, name).take(pa.array(rows[split])) for name in (*names, label))
+        made = tokenizer.completions(prompts, completions)
+        columns[split] = {"text": prompts, "text_pair": completions} | made
+    return columns
+
+
 def _images(raw: RawData, rows: dict[str, Rows], manifest: dict[str, Any]) -> dict[str, _Columns]:
     pixels: dict[str, np.ndarray] = {}
     lossy: set[str] = set()
@@ -154,8 +178,9 @@ def _write(
     if raw.group:
         content["group"] = raw.splits[split].table.column(raw.group).take(pa.array(rows))
     digest = write_split(out, split, pa.table(content))
+    labelled = labels is not None or "start" in content
     of = raw.splits[split].table.num_rows
     remark = raw.splits[split].remark
     if len(rows) < of:
         remark = "; ".join(filter(None, [remark, f"{len(rows)} of {of} rows"]))
-    return {"rows": len(rows), "of": of, "labelled": labels is not None, "remark": remark, "digest": digest}
+    return {"rows": len(rows), "of": of, "labelled": labelled, "remark": remark, "digest": digest}

@@ -1,6 +1,7 @@
 """How a task is scored, by scikit-learn and scipy.
 
-``accuracy_f1`` and ``pearson_spearman`` are GLUE's pairs: their value is the mean of the two.
+``accuracy_f1`` and ``pearson_spearman`` are GLUE's pairs: their value is the mean of the two. ``token_accuracy``,
+of language models, is the share of a completion's tokens that are the likeliest one given those before them.
 """
 
 import numpy as np
@@ -18,21 +19,32 @@ REGRESSION: dict[str, tuple[str, ...]] = {
     "spearman": ("spearman", "pearson"),
     "pearson_spearman": ("pearson", "spearman"),
 }
-METRICS = (*CLASSIFICATION, *REGRESSION)
+COMPLETION: dict[str, tuple[str, ...]] = {"token_accuracy": ("token_accuracy", "perplexity")}
+METRICS = (*CLASSIFICATION, *REGRESSION, *COMPLETION)
+OBJECTIVES = {"classification": CLASSIFICATION, "regression": REGRESSION, "completion": COMPLETION}
 
 
-def needs_regression(metric: str) -> bool:
-    """Tell what a metric compares: numbers, or classes.
+def objective_of(metric: str) -> str:
+    """Tell what a metric judges.
 
     Returns:
-        True for numbers.
+        ``classification``, ``regression`` or ``completion``.
 
     Raises:
         ParamsError: if there is no such metric.
     """
     if metric not in METRICS:
         raise ParamsError(f"metric: '{metric}' is unknown; expected one of {', '.join(METRICS)}")
-    return metric in REGRESSION
+    return next(objective for objective, known in OBJECTIVES.items() if metric in known)
+
+
+def needs_regression(metric: str) -> bool:
+    """Tell what a metric compares: numbers, or classes.
+
+    Returns:
+        True for numbers. A ParamsError if there is no such metric.
+    """
+    return objective_of(metric) == "regression"
 
 
 def score(metric: str, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -42,7 +54,7 @@ def score(metric: str, outputs: np.ndarray, labels: np.ndarray) -> dict[str, flo
     predicted class, and the correlations of constant or non-finite outputs, are 0.
 
     Args:
-        metric: one of ``METRICS``.
+        metric: one for classes or numbers (``token_accuracy`` is counted in ``evaluation``).
         outputs: [N, C] logits; [N] or [N, 1] for regression.
         labels: [N] int64 classes, or floats.
 

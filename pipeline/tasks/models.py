@@ -16,7 +16,7 @@ from pipeline.tasks.settings import ModelSettings
 from pipeline.tasks.sources import hub_error, package_model, parse, prepare_hub
 
 _KEY = "model.source"
-AUTO = {"text": "SequenceClassification", "image": "ImageClassification"}
+AUTO = {"text": "SequenceClassification", "image": "ImageClassification", "causal": "CausalLM"}
 _LAYOUT = "a folder in the hub's layout (config.json, model.safetensors, tokenizer.json)"
 
 
@@ -36,8 +36,8 @@ def load_model(
 
     Args:
         model: where it comes from.
-        kind: ``text`` (sequence classification) or ``image``.
-        outputs: classes, or 1 for regression.
+        kind: ``text`` (sequence classification), ``image``, or ``causal`` (a language model, without a new head).
+        outputs: classes, or 1 for regression; 0 for ``causal``.
         seed: of what is drawn anew.
         classes: their names; None for regression.
         channels: of the images that a builtin model takes.
@@ -61,8 +61,9 @@ def load_model(
 
         auto = f"AutoModelFor{AUTO[kind]}"
         config = transformers.AutoConfig.from_pretrained(path, revision=model.revision)
-        config.num_labels = outputs
-        config.problem_type = problem_type(bool(classes))
+        if kind != "causal":
+            config.num_labels = outputs
+            config.problem_type = problem_type(bool(classes))
         if classes:
             config.id2label = dict(enumerate(classes))
             config.label2id = {name: number for number, name in enumerate(classes)}
@@ -72,6 +73,8 @@ def load_model(
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     _check_loaded(model, network, report, outputs)
+    if kind == "text" and network.config.pad_token_id is None:  # a decoder looks for the end of a text by it
+        network.config.pad_token_id = int(load_tokenizer(model).pad_token_id)
     loaded: nn.Module = network
     return loaded.eval()
 
@@ -96,6 +99,7 @@ def class_name(kind: str, model_type: str) -> str:
     known: Any = {
         "text": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "image": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     }
     return str(known[kind].get(model_type, ""))
 

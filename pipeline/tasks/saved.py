@@ -80,6 +80,8 @@ def classifier_info(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
     for kind, suffix in models.AUTO.items():
+        if kind == "causal" and architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            return {"kind": kind, "outputs": 0, "classes": None}
         if architecture.endswith(f"For{suffix}"):
             outputs = {"outputs": len(classes), "classes": classes if len(classes) > 1 else None}
             return {"kind": kind} | outputs | {"problem_type": config.get("problem_type")}
@@ -107,13 +109,15 @@ def adapted_config(path: Path, info: Mapping[str, Any], dtype: str | None) -> by
         raise ModelError(f"{path}: is no JSON ({error}); fetch the model again") from None
     config = dict(old)
     kind, outputs = info.get("kind"), info.get("outputs")
-    if kind in models.AUTO and outputs is not None:
+    if kind in models.AUTO and (name := models.class_name(str(kind), str(config.get("model_type")))):
+        config["architectures"] = [name]
+    if kind in models.AUTO and kind != "causal" and outputs is not None:
         names = _class_names(info, int(outputs)) or ["LABEL_0"]
         config.pop("num_labels", None)
-        if name := models.class_name(str(kind), str(config.get("model_type"))):
-            config["architectures"] = [name]
         config["id2label"] = {str(number): name for number, name in enumerate(names)}
         config["label2id"] = {name: number for number, name in enumerate(names)}
+        if config.get("pad_token_id") is None and "pad" in info:
+            config["pad_token_id"] = info["pad"]
         config["problem_type"] = info.get("problem_type", models.problem_type(int(outputs) > 1))
     if dtype is not None:
         config.pop("torch_dtype", None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ParamsError
+from pipeline.losses import IGNORED
 from pipeline.tasks.draws import Rows
 from pipeline.tasks.models import load_tokenizer, model_config
 from pipeline.tasks.settings import ModelSettings
@@ -67,6 +68,37 @@ class Tokenizer:
         )
         kinds = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
         return {name: pa.array(encoded[name], kinds[name]) for name in FIELDS if name in encoded}
+
+    def completions(self, prompts: pa.Array, completions: pa.Array) -> dict[str, pa.Array]:
+        """Tokenise prompts, each followed by its completion and the end-of-text token.
+
+        Both are tokenised by themselves and joined as they stand. What is too long loses the start of its prompt
+        (but for special tokens there), and only then the end of its completion.
+
+        Args:
+            prompts: string array.
+            completions: likewise, of equal length.
+
+        Returns:
+            ``input_ids`` (list of int32), and ``start`` (int32), the position of the completion's first token.
+        """
+        limit, end = self.settings["max_length"], self._tokenizer.eos_token_id
+        plain = {"return_attention_mask": False, "verbose": False}
+        before = self._tokenizer(prompts.to_pylist(), **plain)["input_ids"]
+        after = self._tokenizer(completions.to_pylist(), add_special_tokens=False, **plain)["input_ids"]
+        special = set(self._tokenizer.all_special_ids)
+        rows, starts = [], []
+        for prompt, completion in zip(before, after, strict=True):
+            if not prompt:  # the first token of a text cannot be predicted
+                prompt = [self._tokenizer.bos_token_id if self._tokenizer.bos_token_id is not None else end]
+            opening = prompt[:1] if prompt[0] in special else []
+            completion = [*completion, *([] if end is None else [end])][: limit - max(1, len(opening))]
+            room = limit - len(completion)
+            if len(prompt) > room:
+                prompt = opening + prompt[len(prompt) - (room - len(opening)) :]
+            rows.append([*prompt, *completion])
+            starts.append(len(prompt))
+        return {"input_ids": pa.array(rows, pa.list_(pa.int32())), "start": pa.array(starts, pa.int32())}
 
     def count_cut(self, texts: Sequence[pa.Array]) -> int:
         """Count the examples that are longer than the model's length.
@@ -124,6 +156,9 @@ class TextSplit:
                 self._values[name] = values_of(column.values)
                 self._offsets = values_of(column.offsets).astype(np.int64)
         self.lengths: Rows = np.diff(self._offsets)
+        self._starts: Rows | None = None
+        if "start" in table.column_names:
+            self._starts = values_of(table.column("start").combine_chunks()).astype(np.int64)
         self.largest_id = int(self._values["input_ids"].max(initial=0))
 
     def batch(self, rows: Rows, device: torch.device | None = None) -> Mapping[str, Tensor]:
@@ -131,7 +166,7 @@ class TextSplit:
 
         Returns:
             ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids``, int64 [B, T]; ``labels`` [B] where
-            the split has them.
+            the split has them, [B, T] of completions, ``IGNORED`` outside them.
         """
         lengths = self.lengths[rows]
         filled_BT = np.arange(lengths.max(initial=0))[None, :] < lengths[:, None]
@@ -141,6 +176,9 @@ class TextSplit:
             ids_BT[filled_BT] = np.concatenate([values[self._offsets[r] : self._offsets[r + 1]] for r in rows])
             batch[name] = torch.from_numpy(ids_BT)
         batch["attention_mask"] = torch.from_numpy(filled_BT.astype(np.int64))
-        if self._labels is not None:
+        if self._starts is not None:
+            asked_BT = filled_BT & (np.arange(filled_BT.shape[1])[None, :] >= self._starts[rows][:, None])
+            batch["labels"] = batch["input_ids"].masked_fill(~torch.from_numpy(asked_BT), IGNORED)
+        elif self._labels is not None:
             batch["labels"] = self._labels[torch.from_numpy(rows)]
         return {name: value.to(device, non_blocking=True) for name, value in batch.items()} if device else batch

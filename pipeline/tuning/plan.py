@@ -170,7 +170,7 @@ def plan(
     Returns:
         The plan.
     """
-    batch = asked.batch_size or DEFAULT_BATCH
+    batch = asked.batch_size or (DEFAULT_BATCH if choice.kind != "causal" else DEFAULT_BATCH // 2)
     train = TrainParams(
         epochs=asked.epochs or default_epochs(rows, batch), batch_size=batch, optimizer="adamw", schedule="linear",
         warmup=0.1, clip=1.0,

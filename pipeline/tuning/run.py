@@ -19,10 +19,11 @@ from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
 from pipeline.tasks.base import Task
-from pipeline.tasks.fitting import fit_task
+from pipeline.tasks.fitting import EVALUATION, fit_task
 from pipeline.tasks.scoring import scores_for
 from pipeline.tracking import Run, Tracker
 from pipeline.training.device import Device, choose_device
+from pipeline.training.memory import in_pieces_that_fit
 from pipeline.training.methods import mask_for
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import ResumeFile, fingerprint
@@ -95,6 +96,8 @@ class Trainer:
         ) as run:
             self._settle()
             results = {method: self._method(method, run) for method in self.plan.methods}
+            if not self.plan.task.head:  # a language model answers before it is tuned
+                results = {"base": self._untuned()} | results
             metric = plan.task.metric
             run.log({m: r["epochs"][-1][metric] for m, r in results.items() if r.get("epochs")}, step=0)
             run.table(
@@ -159,6 +162,21 @@ class Trainer:
         write_json(folder / "result.json", result)
         return result
 
+    def _untuned(self) -> dict[str, Any]:
+        """Judge the base as it is."""
+        file = self.folder / "base.json"
+        done: dict[str, Any] | None = recorded(file, None)
+        if done is None:
+            model = self.task.model(self.seed).to(self.device.device)
+            size = EVALUATION * self.plan.task.train.batch_size
+            scores, _ = in_pieces_that_fit(
+                lambda most: self.task.evaluate(model, self.task.reported, most, autocast=self.device.autocast),
+                size, "evaluation batches", self.say,
+            )  # fmt: skip
+            done = {"epochs": [scores]}
+            write_json(file, done)
+        return done
+
     def chosen(self, method: str, model: nn.Module) -> Mask:
         """The mask of a method, kept so that nothing is scored twice."""
         file = self.folder / method / "mask.safetensors"
@@ -187,7 +205,8 @@ class Trainer:
             self.say(result.note)
         outcome |= {"epochs": result.history, "seconds": round(result.seconds, 3)}
         if base is not None:
-            info = self.task.model_info | {
+            tokens = self.task.manifest.get("tokenizer")
+            info = self.task.model_info | ({"pad": tokens["pad"]} if tokens else {}) | {
                 "task": self.plan.name, "method": method, "setting": "main", "seed": self.seed,
                 "data": self.task.data_digest, "fishmask": VERSION, "mask": mask.info,
             }  # fmt: skip
