@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from pipeline.errors import ModelError
-from pipeline.masks.budget import budget
+from pipeline.masks.budget import budget, split_budget
 from pipeline.parameters import ParameterIndex, tensor_digest
 
 _SHARE = 0.5  # of the budget, that all fresh modules together may take
@@ -25,7 +25,8 @@ def head_of(load: Callable[[int], nn.Module], outputs: int, density: float, told
         told: takes a sentence where fresh modules are left to the scores.
 
     Returns:
-        Module names. A model without a layer of that many outputs is a ModelError.
+        Module names. A model without a layer of that many outputs is a ModelError, a density that does not hold it
+        a ParamsError.
     """
     model = load(0)
     index = ParameterIndex.of(model)
@@ -35,6 +36,7 @@ def head_of(load: Callable[[int], nn.Module], outputs: int, density: float, told
     fresh = {
         name.rpartition(".")[0] for name, p in load(1).named_parameters() if digests.get(name) != tensor_digest(p)
     } | {last}
+    split_budget(index, density, [last])  # refuses a density that is too small, before anything is computed
     size = sum(index.numel(name) for name in index.within(fresh))
     if size <= _SHARE * budget(density, index.total):
         return sorted(fresh)

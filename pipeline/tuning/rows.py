@@ -106,6 +106,8 @@ def _complete(split: str, raw: RawSplit, choice: Choice, frame: Frame | None, to
             f"{split}: dropped {sum(lost.values())} of {len(labels)} rows: {which} (the first is row {first}, "
             "counted from 0)"
         )
+    if not keep and choice.objective == "regression" and any(label is not None for label in labels):
+        raise DataError(f"{raw.where}: column '{choice.label}' holds no numbers; regression needs them")
     if not keep:
         raise DataError(f"{raw.where}: no row has both its text and '{choice.label}'; is it the right column?")
     return Rows(inputs, labels, raw.where).take(keep)

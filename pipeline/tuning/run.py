@@ -109,10 +109,9 @@ class Trainer:
         """Choose what a method trains, from the base as the seed draws it."""
         settings = self.plan.task
         model = model if model is not None else self.task.model(self.seed).to(self.device.device)
-        score = settings.score
         scores = scores_for(
-            method, self.task, model, kind=score.kind, power=score.power, examples=score.examples[-1],
-            batch_size=score.batch_size, seed=self.seed, split=split, say=self.say,
+            method, self.task, model, examples=settings.score.examples[-1], seed=self.seed, split=split,
+            head=settings.head, say=self.say, **settings.score.how(),
         )  # fmt: skip
         mask = mask_for(
             method, model, density=settings.density, head=settings.head, seed=self.seed, ranking=scores

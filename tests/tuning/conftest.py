@@ -106,7 +106,8 @@ def write_decoder(name, folder):
         model = GPT2LMHeadModel(config)
     else:
         config = LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1,
             max_position_embeddings=24, **sizes,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
