@@ -93,7 +93,7 @@ def test_numbers_are_read_as_yaml_1_2_does(write):
         ("ranked: [fish]", "ranked: []", "exactly one of ranked, unranked and learned"),
         ("examples: [32, 512]", "examples: [512, 32]", "ascending"),
         ("seeds: [0, 1, 2]", "seeds: []", "seeds: expected"),
-        ("kind: text", "kind: txet", "expected 'text' or 'image'"),
+        ("kind: text", "kind: txet", "expected 'text', 'image' or 'causal'"),
     ],
 )
 def test_contradictions_are_one_line(write, old, new, part):
