@@ -36,6 +36,7 @@ def compose(
     head: int | None = None,
     buffers: str = "equal",
     report: bool = False,
+    thin: bool = False,
     force: bool = False,
 ) -> Done:
     """Compose deltas of one base and write the result, a delta of the same base.
@@ -52,6 +53,7 @@ def compose(
         head: the delta, from 0, whose tensors covered whole are taken as they are.
         buffers: ``equal``, ``base``, or the delta, from 0, whose are taken.
         report: also report the overlap of the deltas.
+        thin: code the values against the base's: a smaller file, which cannot be read without the base.
         force: replace what stands there.
 
     Returns:
@@ -77,7 +79,7 @@ def compose(
     model = _base(base, path, lead)
     how: dict[str, Any] = {"weights": weights or None, "head": head, "buffers": _buffers(buffers)}
     made: Delta = getattr(algebra, method)(deltas, model, **how, **own)
-    size = made.save(out)
+    size = made.save(out, base=model if thin else None)
     line = (
         f"{out}: {method} of {len(deltas)} deltas, {made.mask.nnz:,} of {made.mask.index.total:,} values, "
         f"{size:,} bytes (delta {made.digest[:12]})"

@@ -45,6 +45,7 @@ _MODEL = "a safetensors file, shards with an index, or a model folder"
 Base = Annotated[str, typer.Option("--base", help=f"The base model: {_MODEL}.")]
 Delta = Annotated[Path, typer.Argument(help="A delta file, or a tuned or published folder.")]
 Tuned = Annotated[str, typer.Argument(help=f"The tuned model: {_MODEL}.")]
+Thin = Annotated[bool, typer.Option("--thin", help="Smaller; cannot be read without the base.")]
 Result = Annotated[Path, typer.Option("--out", "-o", help="Where the new model goes.")]
 
 
@@ -98,7 +99,7 @@ def diff(
     tuned: Tuned,
     out: Annotated[Path, typer.Option("--out", "-o", help="The delta file to write.")],
     keep_base: Annotated[bool, typer.Option("--keep-base", help="Make it revertible without the base.")] = False,
-    thin: Annotated[bool, typer.Option("--thin", help="Smaller; cannot be read without the base.")] = False,
+    thin: Thin = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -123,6 +124,7 @@ def compose(
     head: Annotated[int | None, typer.Option("--head", help="Take the head from this delta, from 0.")] = None,
     buffers: Annotated[str, typer.Option("--buffers", help="equal, base, or this delta's, from 0.")] = "equal",
     report: Annotated[bool, typer.Option("--report", help="Show overlaps and conflicts, too.")] = False,
+    thin: Thin = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -132,7 +134,7 @@ def compose(
 
     done = composition.compose(
         [delta_file(delta) for delta in deltas], base, out, method, weights=weight, density=density, drop=drop,
-        seed=seed, head=head, buffers=buffers, report=report, force=force,
+        seed=seed, head=head, buffers=buffers, report=report, thin=thin, force=force,
     )  # fmt: skip
     done.show(as_json)
     if report and not as_json:

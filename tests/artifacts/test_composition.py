@@ -80,6 +80,24 @@ def test_compose_writes_what_the_algebra_gives(options, wanted, files: list[str]
     assert facts["parents"] == [Delta.load(name).digest for name in files[:2]]
 
 
+def test_a_thin_composition_is_smaller_and_the_same_delta(files: list[str], run, base: nn.Module) -> None:
+    large = nn.Linear(60, 50)
+    save_file(dict(large.state_dict()), "base.safetensors")
+    for seed, name in enumerate(files[:2]):
+        draw = torch.Generator().manual_seed(seed)
+        mask = Mask.from_bool({"weight": torch.rand(50, 60, generator=draw) < 0.5, "bias": torch.zeros(50).bool()})
+        trained = copy.deepcopy(large)
+        with torch.no_grad():
+            trained.weight.view(-1)[mask.indices["weight"]] *= 1.0001
+        Delta.of(trained, mask, base=large).save(name)
+    assert run("compose", *files)[0] == 0
+    plain, size = Delta.load("out.delta"), Path("out.delta").stat().st_size
+    assert run("compose", *files, "--thin", "--force")[0] == 0
+    thin = Delta.load("out.delta")
+    assert thin.thin is not None and thin == plain and Path("out.delta").stat().st_size < 0.8 * size
+    assert all(torch.equal(thin.resolve(large).values[name], v) for name, v in plain.values.items())
+
+
 def test_the_report_counts_conflicts(files: list[str], run, base: nn.Module) -> None:
     code, out, _ = run("compose", *files, "--report")
     one, two = (Delta.load(name) for name in files[:2])
