@@ -27,7 +27,10 @@ class Coded(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """One tensor's coordinates as the coders take them, and the bytes each is expected to make of them."""
+    """One tensor's coordinates as the coders take them, and the bytes each is expected to make of them.
+
+    The last gap is that after the last coordinate.
+    """
 
     flat: Array
     gaps: Array
@@ -69,7 +72,8 @@ def _size(coded: Coded) -> int:
 
 
 def _part(index: ParameterIndex, name: str, flat: Array, compact: bool) -> _Part:
-    gaps = rice.gaps_of(flat)
+    # What follows the last coordinate is part of the next tensor's first gap, hence of this one's cost.
+    gaps = np.append(rice.gaps_of(flat), index.numel(name) - 1 - flat[-1])
     parameter, bits = rice.best_parameter(gaps)
     expected = {"rice": bits / 8, "stairs": inf, "varint": inf}
     apart = None

@@ -70,9 +70,10 @@ def take_apart(coordinates: Array, columns: int) -> Stairs | None:
 
 def _staircase(row_counts: Array, across: Array) -> Array:
     """Fill each row with its count of cells, the fullest columns first."""
-    rank = np.empty(len(across), dtype=np.int32)
-    rank[across] = np.arange(len(across), dtype=np.int32)
-    return np.asarray(rank[None, :] < np.minimum(row_counts, len(across)).astype(np.int32)[:, None])
+    kind = np.int16 if len(across) < 1 << 15 else np.int32  # the narrower, the faster to compare
+    rank = np.empty(len(across), dtype=kind)
+    rank[across] = np.arange(len(across), dtype=kind)
+    return np.asarray(rank < np.minimum(row_counts, len(across)).astype(kind)[:, None])
 
 
 def estimate(stairs: Stairs) -> int:
@@ -126,14 +127,20 @@ def decode(code: Array, shapes: list[tuple[int, int]]) -> list[Array]:
     if int(sum(lengths)) != len(rest):
         raise ValueError(f"it holds {len(rest)} integers instead of {int(sum(lengths))}")
     rows, row_counts, columns, column_counts, wrong = np.split(rest, np.cumsum(lengths)[:-1])
-    split = [
-        _pieces(_positions(rows, sizes[:, 0], limits[:, 0]), sizes[:, 0]),
-        _pieces(row_counts + 1, sizes[:, 0]),
-        _pieces(_positions(columns, sizes[:, 1], limits[:, 1]), sizes[:, 1]),
-        _pieces(-column_counts, sizes[:, 1]),
-        _pieces(_positions(wrong, sizes[:, 2], cells), sizes[:, 2]),
+    row_counts = row_counts + 1
+    if (row_counts < 1).any() or (row_counts > np.repeat(held[:, 1], held[:, 0])).any():
+        raise ValueError("a row holds more cells than there are columns")
+    held_cells = [
+        _held(*each)
+        for each in zip(
+            _pieces(row_counts, sizes[:, 0]),
+            _pieces(-column_counts, sizes[:, 1]),
+            _pieces(_positions(wrong, sizes[:, 2], cells), sizes[:, 2]),
+            strict=True,
+        )
     ]
-    return [_put_together(shape[1], *each) for shape, *each in zip(shapes, *split, strict=True)]
+    rows, columns = _positions(rows, sizes[:, 0], limits[:, 0]), _positions(columns, sizes[:, 1], limits[:, 1])
+    return _put_together(limits[:, 1], sizes, rows, row_counts, columns, held_cells)
 
 
 def _pieces(values: Array, lengths: Array) -> list[Array]:
@@ -141,20 +148,35 @@ def _pieces(values: Array, lengths: Array) -> list[Array]:
     return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _put_together(
-    width: int, rows: Array, row_counts: Array, columns: Array, column_counts: Array, wrong: Array
-) -> Array:
-    """Rebuild the coordinates of one matrix, the inverse of ``take_apart``; column counts come negated."""
+def _held(row_counts: Array, column_counts: Array, wrong: Array) -> Array:
+    """Find the held cells of one matrix of held rows x columns, row by row; column counts come negated."""
     across = np.argsort(column_counts, kind="stable")
     cells = _staircase(row_counts, across)
     if len(wrong):
-        column_at, row_at = np.divmod(wrong, len(rows))
+        column_at, row_at = np.divmod(wrong, len(row_counts))
         cells[np.argsort(-row_counts, kind="stable")[row_at], across[column_at]] ^= True
-    held = np.flatnonzero(cells)
-    starts = np.arange(len(rows)) * len(columns)
-    counts = np.diff(np.searchsorted(held, starts), append=len(held))
-    column_at = held - np.repeat(starts, counts)
-    return np.asarray(np.repeat(rows * width, counts) + columns[column_at])
+    return np.flatnonzero(cells)
+
+
+def _put_together(
+    widths: Array, sizes: Array, rows: Array, row_counts: Array, columns: Array, held_cells: list[Array]
+) -> list[Array]:
+    """Turn the held cells of all matrices into coordinates: one pass over all of them, row by row."""
+    first = np.cumsum(sizes, axis=0) - sizes  # of each matrix: its first row, column and wrong cell
+    own = sizes[:, 0]
+    in_row, across = np.repeat(sizes[:, 1], own), np.repeat(first[:, 1], own)
+    starts = (np.arange(len(rows)) - np.repeat(first[:, 0], own)) * in_row
+    held = np.concatenate([*held_cells, np.empty(0, dtype=np.int64)])
+    ends = np.cumsum(row_counts)
+    begins = ends - row_counts
+    if int(row_counts.sum()) != len(held) or (
+        len(held) and ((held[begins] < starts).any() or (held[ends - 1] >= starts + in_row).any())
+    ):
+        raise ValueError("its rows do not hold as many cells as they say")
+    held -= np.repeat(starts - across, row_counts)
+    flat = columns[held]
+    flat += np.repeat(rows * np.repeat(widths, own), row_counts)
+    return _pieces(flat, np.array([len(own_cells) for own_cells in held_cells], dtype=np.int64))
 
 
 def _positions(gaps: Array, lengths: Array, limits: Array) -> Array:

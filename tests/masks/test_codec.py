@@ -320,18 +320,22 @@ def stream(*parts: list[int]) -> np.ndarray:
 
 
 def test_hostile_staircases_are_refused() -> None:
-    good = ([2, 2, 1], [0, 1], [0, 1], [0, 0], [1, 0], [0])  # rows 0, 2; columns 0, 1; counts 1, 2; 1 wrong
-    assert [part.tolist() for part in stairs.decode(stream(*good), [(3, 4)])] == [[0, 9]]
+    good = ([2, 2, 2], [0, 1], [0, 1], [0, 0], [1, 0], [1, 1])  # rows 0, 2; columns 0, 1; counts 1, 2; 2 wrong
+    assert [part.tolist() for part in stairs.decode(stream(*good), [(3, 4)])] == [[1, 8, 9]]
     for sizes, *rest in (
-        ([4, 2, 1], *good[1:]),
-        ([2, 2, 2], *good[1:]),
+        ([4, 2, 2], *good[1:]),
+        ([2, 2, 1], *good[1:]),
         ([2, 2, 5], *good[1:]),
-        ([2**62, 2, 1], *good[1:]),
+        ([2**62, 2, 2], *good[1:]),
         (good[0], [0, 2], *good[2:]),
         (good[0], [2**62, 2**62], *good[2:]),
         (*good[:3], [3, 0], *good[4:]),
-        (*good[:5], [4]),
-        (*good[:5], [0, 0]),
+        (*good[:2], [0, 2**62], *good[3:]),  # counts beyond the columns
+        (*good[:2], [0, 2**63 - 1], *good[3:]),
+        (*good[:2], [1, 1], *good[3:]),
+        (*good[:5], [1, 2]),
+        (*good[:5], [0, 0]),  # two cells of one column: neither row keeps its count
+        (*good[:5], [0, 0, 0]),
     ):
         with pytest.raises(ValueError, match="outside|holds|cells"):
             stairs.decode(stream(sizes, *rest), [(3, 4)])
@@ -376,3 +380,13 @@ def test_hostile_varints_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="holds|outside|expand|cut off"):
             varint.decode(wrong, count, limit)
+
+
+def test_what_follows_a_tensors_last_coordinate_costs_little() -> None:
+    """The first rows of position embeddings: dense at the start, and then nothing for 65,000 elements."""
+    draw = np.random.Generator(np.random.PCG64(0))
+    index = ParameterIndex({f"{i}": (512, 128) for i in range(12)})
+    chosen = {name: torch.from_numpy(np.sort(draw.choice(130, 118, replace=False))) for name in index}
+    coded = codec.encode(index, chosen)
+    assert len(coded["coordinates"]) < 12 * 25  # 17 bytes each at the entropy; 1,000 in unary
+    assert all(torch.equal(part, chosen[name]) for name, part in codec.decode(coded, "f")[1].items())
