@@ -17,12 +17,15 @@ Deltas = Annotated[
     ),
 ]
 Base = Annotated[str | None, typer.Option("--base", "-b", help="The base model. [the one the delta names]")]
-Input = Annotated[Path, typer.Option("--input", "-i", help="The rows: csv, tsv, json, jsonl or parquet.")]
+Input = Annotated[
+    str, typer.Option("--input", "-i", help="csv, tsv, json, jsonl or parquet (.gz too), images, or a hub id.")
+]
 Text = Annotated[
     list[str] | None, typer.Option("--text", help="A column to read, twice for pairs. [as the delta was tuned]")
 ]
 MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, help="Tokens to cut texts to.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows that are computed together.")]
+NewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Of a completion. [64 at most]")]
 Device = Annotated[str, typer.Option("--device", help="auto, cuda, mps or cpu.")]
 Precision = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
 
@@ -38,6 +41,7 @@ def predict(
     base: Base = None,
     text: Text = None,
     max_length: MaxLength = None,
+    max_new_tokens: NewTokens = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -50,7 +54,7 @@ def predict(
 
     done = predicting.predict(
         delta, input_, out, base=base, text=text or (), only=only, force=force, max_length=max_length,
-        batch_size=batch_size, device=device, precision=precision,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, device=device, precision=precision,
     )  # fmt: skip
     if done is not None:
         done.show(as_json)
@@ -96,9 +100,10 @@ def register(
     text: Text = None,
     max_length: MaxLength = None,
     example: Annotated[
-        Path | None, typer.Option("--example", help="A file whose first rows are the input example.")
+        str | None, typer.Option("--example", help="Rows whose first are the input example.")
     ] = None,
     alias: Annotated[str | None, typer.Option("--alias", help="Move this alias to the new version.")] = None,
+    max_new_tokens: NewTokens = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -109,7 +114,7 @@ def register(
 
     registry.register(
         delta, name, base=base, text=text or (), max_length=max_length, example=example, alias=alias,
-        batch_size=batch_size, device=device, precision=precision,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, device=device, precision=precision,
     ).show(as_json)  # fmt: skip
 
 

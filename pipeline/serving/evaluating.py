@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,28 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.errors import DataError, ParamsError
+from pipeline.errors import DataError, ParamsError, unknown
 from pipeline.losses import losses_from
 from pipeline.progress import ProgressLine
 from pipeline.serving.interface import Interface
-from pipeline.serving.predicting import opened, read_rows, say
+from pipeline.serving.predicting import opened, read, say, say_cut
+from pipeline.serving.predictor import Predictor
+from pipeline.serving.questions import Texts, columns_to_read
 from pipeline.tasks import metrics
-from pipeline.tasks.columns import column
+from pipeline.tasks.batches import by_length
+from pipeline.tasks.custom import CLASS, FILE
 from pipeline.tasks.draws import Rows
+from pipeline.tasks.evaluation import evaluate as score_batches
 from pipeline.tasks.raw import RawSplit
+from pipeline.tasks.text import TextSplit
+from pipeline.tuning.columns import as_number, values_in
 
 LABEL = "label"
 
 
 def evaluate(
     deltas: Sequence[str],
-    source: Path,
+    source: str,
     *,
     base: str | None = None,
     text: Sequence[str] = (),
@@ -52,35 +57,59 @@ def evaluate(
 
     Raises:
         DataError: if the rows cannot be read, or no row is complete.
-    """
+    """  # noqa: DOC502 - raised by what it calls
     predictor = opened(deltas, source, base, text, options)
-    results = []
-    for name in predictor.names:
-        asked = predictor.use(name).asked
-        named = [] if asked.interface.classes is None else [label or asked.interface.label or LABEL]
-        table = read_rows(source, [*asked.interface.text, *named])
-        labels, kept = labels_of(table, asked.interface, label, str(source))
-        with ProgressLine(f"evaluate {name}") as line:
-            texts, outputs, cut = predictor.outputs(
-                table.take(pa.array(kept)), where=str(source), progress=line.update
-            )
-        for missing, count in texts.missing.items():
-            say(f"{source}: {count:,} rows lack '{missing}': left out")
-        if not len(texts.rows):
-            raise DataError(f"{source}: no row has both a text and a label; expected at least one")
-        chosen = _metric(metric, asked.interface)
-        scores = _scores(chosen, outputs, labels[texts.rows])
-        result = {
-            "delta": name,
-            "digest": asked.delta.digest,
-            "rows": len(texts.rows),
-            "cut": cut,
-            "metric": chosen,
-        }
-        results.append(
-            result | {"scores": scores} | _by_class(outputs, labels[texts.rows], asked.interface.classes)
-        )
-    return results
+    rows = read(source)
+    return [_evaluated(predictor.use(name), rows, label, metric) for name in predictor.names]
+
+
+def _evaluated(predictor: Predictor, rows: RawSplit, label: str | None, metric: str | None) -> dict[str, Any]:
+    name, asked = predictor.active, predictor.asked
+    interface = asked.interface
+    chosen = _metric(metric, interface)
+    labels, kept = labels_of(rows, interface, label)
+    left = RawSplit(rows.table.take(pa.array(kept)), rows.where)
+    result: dict[str, Any] = {"delta": name, "digest": asked.delta.digest, "metric": chosen}
+    with ProgressLine(f"evaluate {name}") as line:
+        if interface.kind == "causal":
+            count, scores = _completions(predictor, left, labels, chosen)
+            return result | {"rows": count, "scores": scores}
+        found = predictor.outputs(left, progress=line.update)
+    for missing, count in found.missing.items():
+        say(f"{rows.where}: {count:,} rows lack '{missing}': left out")
+    say_cut(rows.where, found.cut)
+    if not len(found.rows):
+        raise DataError(f"{rows.where}: no row has both what the model reads and a label; expected at least one")
+    truth = np.array(labels, dtype=np.int64 if interface.classes else np.float32)[found.rows]
+    loss = losses_from(torch.from_numpy(found.values), torch.from_numpy(truth)).double().mean()
+    scores = metrics.score(chosen, found.values, truth) | {"loss": float(loss)}
+    result |= {"rows": len(found.rows), "scores": scores}
+    return result | _by_class(found.values, truth, interface.classes)
+
+
+def _completions(
+    predictor: Predictor, rows: RawSplit, completions: Sequence[str], metric: str
+) -> tuple[int, dict[str, float]]:
+    """Score a language model on completions as training does: on their tokens, each given those before it.
+
+    Returns:
+        How many rows were complete, and the scores.
+
+    Raises:
+        DataError: if none was.
+    """
+    interface = predictor.asked.interface
+    texts = Texts.of(rows, columns_to_read(interface.text, rows))
+    for missing, count in texts.missing.items():
+        say(f"{rows.where}: {count:,} rows lack '{missing}': left out")
+    if not len(texts.rows):
+        raise DataError(f"{rows.where}: no row has both a prompt and a completion; expected at least one")
+    tokenizer, device = predictor.tokenizer(), predictor.device
+    held = pa.array([completions[row] for row in texts.rows], pa.string())
+    tokens = TextSplit(pa.table(tokenizer.completions(texts.columns[0], held)), None, tokenizer.settings["pad"])
+    places = by_length(np.arange(len(texts.rows), dtype=np.int64), predictor.batch_size, tokens.lengths)
+    batches = (tokens.batch(group, device.device) for group in places)
+    return len(texts.rows), score_batches(predictor.model(), batches, metric, device.device, device.autocast)
 
 
 def show(results: Sequence[dict[str, Any]], as_json: bool) -> None:
@@ -106,67 +135,70 @@ def show(results: Sequence[dict[str, Any]], as_json: bool) -> None:
         console.print(by_class)
 
 
-def labels_of(table: pa.Table, interface: Interface, label: str | None, where: str) -> tuple[np.ndarray, Rows]:
-    """Read the labels of a table as the delta's classes, or as numbers.
+def labels_of(rows: RawSplit, interface: Interface, label: str | None) -> tuple[list[Any], Rows]:
+    """Read the labels of a table as the delta's classes, as numbers, or as completions.
 
-    A label is a class's name. Where none of them is, they are the places of the classes, from 0.
+    A class is told by its name. Where no label is a name, they are the places of the classes, from 0.
 
     Args:
-        table: the rows.
+        rows: the table.
         interface: of the delta.
-        label: the column; None takes the one that the delta names, else ``label``.
-        where: the file, for messages.
+        label: the column; None takes the one that the delta names, the folder of an image, or ``label``.
 
     Returns:
-        int64 or float32 [N], and the rows that have one, ascending.
+        Labels of the rows that have one, and those rows, ascending.
 
     Raises:
         DataError: if a label is none of the classes, or no number.
     """
-    name = label or interface.label or LABEL
-    values = column(RawSplit(table, where), name, "--label")
-    held = [value if value != "" else None for value in values.to_pylist()]
-    kept = np.array([row for row, value in enumerate(held) if value is not None], dtype=np.int64)
-    if len(kept) < len(held):
-        say(f"{where}: {len(held) - len(kept):,} of {len(held):,} rows lack '{name}': left out")
-    found = [held[row] for row in kept]
+    there = rows.table.column_names
+    name = label or interface.label or (CLASS if CLASS in there and FILE in there else LABEL)
+    if name not in there:
+        raise DataError(f"{rows.where}: --label: no column {unknown(name, there)}")
+    values = values_in(rows, name)
+    kept = np.array([row for row, value in enumerate(values) if value is not None], dtype=np.int64)
+    if len(kept) < len(values):
+        say(f"{rows.where}: {len(values) - len(kept):,} of {len(values):,} rows lack '{name}': left out")
+    held = [values[row] for row in kept]
+    if interface.kind == "causal":
+        return [str(value) for value in held], kept
     if interface.classes is None:
-        if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        numbers = [as_number(value) for value in held]
+        if None in numbers:
+            at = numbers.index(None)
             raise DataError(
-                f"{where}: column '{name}' holds {values.type}; expected numbers, as the delta predicts"
+                f"{rows.where}: '{held[at]}' in column '{name}', row {kept[at]} (rows count from 0), is no "
+                "number; expected what the delta predicts"
             )
-        return np.array(found, dtype=np.float32), kept
-    numbers = {known: number for number, known in enumerate(interface.classes)}
-    texts = [_text(value) for value in found]
-    if not any(text in numbers for text in texts):
-        numbers = {str(number): number for number in range(len(numbers))}
-    labels = np.array([numbers.get(text, -1) for text in texts], dtype=np.int64)
-    if (labels < 0).any():
-        at = int(np.flatnonzero(labels < 0)[0])
-        some = ", ".join(interface.classes[:10])
+        return numbers, kept
+    texts = [_text(value, rows.class_names(name)) for value in held]
+    places = {known: number for number, known in enumerate(interface.classes)}
+    if not any(text in places for text in texts):
+        places = {str(number): number for number in range(len(places))}
+    strange = next((at for at, text in enumerate(texts) if text not in places), None)
+    if strange is not None:
         raise DataError(
-            f"{where}: label '{found[at]}' in column '{name}', row {kept[at]} (rows count from 0), is no class of "
-            f"the delta; expected one of {some}"
+            f"{rows.where}: label '{held[strange]}' in column '{name}', row {kept[strange]} (rows count from 0), "
+            f"is no class of the delta; expected one of {', '.join(interface.classes[:10])}"
         )
-    return labels, kept
+    return [places[text] for text in texts], kept
 
 
-def _text(value: Any) -> str:
-    """A label as a class is named: 1.0 of a column that also lacks some reads as 1."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def _text(value: Any, names: Sequence[str]) -> str:
+    """A label as ``fishmask tune`` names its class."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if names and isinstance(value, int) and 0 <= value < len(names):
+        return names[value]
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def _metric(wanted: str | None, interface: Interface) -> str:
-    chosen = wanted or interface.metric or ("accuracy" if interface.classes else "pearson")
-    if metrics.needs_regression(chosen) == bool(interface.classes):
-        fitting = metrics.CLASSIFICATION if interface.classes else metrics.REGRESSION
+    chosen = wanted or interface.metric or next(iter(metrics.OBJECTIVES[interface.objective]))
+    if metrics.objective_of(chosen) != interface.objective:
+        fitting = metrics.OBJECTIVES[interface.objective]
         raise ParamsError(f"--metric: '{chosen}' does not fit the delta; expected one of {', '.join(fitting)}")
     return chosen
-
-
-def _scores(metric: str, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    loss = losses_from(torch.from_numpy(outputs), torch.from_numpy(labels)).double().mean()
-    return metrics.score(metric, outputs, labels) | {"loss": float(loss)}
 
 
 def _by_class(outputs: np.ndarray, labels: np.ndarray, classes: Sequence[str] | None) -> dict[str, Any]:

@@ -38,6 +38,11 @@ class Interface:
     image: ImageInput | None
     metric: str | None
 
+    @property
+    def objective(self) -> str:
+        """``classification``, ``regression`` or ``completion``."""
+        return "completion" if self.kind == "causal" else "classification" if self.classes else "regression"
+
     @classmethod
     def of_tuned(cls, tuned: Tuned) -> "Interface":
         """Take it from the description of a tuned folder.
@@ -75,7 +80,7 @@ class Interface:
         source, kind, outputs = base or info.get("model"), info.get("kind"), info.get("outputs")
         if source is None:
             raise ParamsError(f"{where}: does not name its base; add --base MODEL")
-        if kind not in {"text", "image"} or type(outputs) is not int:
+        if kind not in {"text", "image", "causal"} or type(outputs) is not int:
             raise ParamsError(
                 f"{where}: does not say what its outputs mean; name a folder that `fishmask tune` or "
                 "`fishmask publish` wrote"

@@ -12,13 +12,15 @@ from pipeline.errors import DataError, ParamsError
 from pipeline.progress import ProgressLine
 from pipeline.serving.interface import parse_deltas
 from pipeline.serving.predictor import Answers, Predictor
+from pipeline.serving.questions import read_rows
 from pipeline.serving.results import check_format, encoded, write_table
-from pipeline.tasks.tables import read_table
+from pipeline.tasks.raw import RawSplit
+from pipeline.tasks.sources import parse
 
 
 def predict(
     deltas: Sequence[str],
-    source: Path,
+    source: str,
     out: Path | None,
     *,
     base: str | None = None,
@@ -31,7 +33,7 @@ def predict(
 
     Args:
         deltas: as ``parse_deltas`` takes them; of several, each column is named ``<delta>.<column>``.
-        source: the rows.
+        source: the rows, as ``read_rows`` takes them.
         out: the file to write, its extension says the format; None prints csv.
         base: the base's source, where it is another than the one that the deltas name.
         text: the columns to read, where a delta does not say.
@@ -47,17 +49,15 @@ def predict(
         ParamsError: if the output cannot be there.
     """  # noqa: DOC502 - the second is raised by what it calls
     if out is not None:
-        _check_out(out, source, force)
+        _check_out(out, Path(source), force)
     predictor = opened(deltas, source, base, text, options)
-    table = read_rows(
-        source, [column for name in predictor.names for column in predictor.use(name).asked.interface.text]
-    )
+    rows = read(source)
     answers: dict[str, pa.Array] = {}
     for name in predictor.names:
-        found = answered(predictor, name, table, source)
+        found = answered(predictor, name, rows)
         prefix = f"{name}." if len(predictor.names) > 1 else ""
         answers |= {prefix + column: values for column, values in found.columns.items()}
-    result = table if not only else table.select([])
+    result = rows.table if not only else rows.table.select([])
     if taken := [column for column in answers if column in result.column_names]:
         raise DataError(f"{source}: has a column '{taken[0]}', as the answers do; add --only to leave its own out")
     for column, values in answers.items():
@@ -68,13 +68,13 @@ def predict(
     left_out = write_table(out, result)
     if left_out:
         say(f"{out}: {out.suffix} cannot hold {', '.join(left_out)}: left out")
-    facts = {"out": str(out), "rows": table.num_rows, "columns": result.column_names}
+    facts = {"out": str(out), "rows": rows.table.num_rows, "columns": result.column_names}
     digests = {name: predictor.use(name).asked.delta.digest for name in predictor.names}
-    return Done(f"{out}: {table.num_rows:,} rows answered", facts | {"deltas": digests})
+    return Done(f"{out}: {rows.table.num_rows:,} rows answered", facts | {"deltas": digests})
 
 
 def opened(
-    deltas: Sequence[str], source: Path, base: str | None, text: Sequence[str], options: Mapping[str, Any]
+    deltas: Sequence[str], source: str, base: str | None, text: Sequence[str], options: Mapping[str, Any]
 ) -> Predictor:
     """Load base and deltas as a command names them, if there is something to ask; says where it computes.
 
@@ -84,39 +84,44 @@ def opened(
     Raises:
         DataError: if there is no input.
     """
-    if not source.exists():
+    if not Path(source).expanduser().exists() and parse(source).kind != "hub":
         raise DataError(f"{source}: no such file; name the rows with --input")
     predictor = Predictor(dict(parse_deltas(deltas)), base, text=text or None, **options)
     say(predictor.device.reason)
     return predictor
 
 
-def read_rows(source: Path, text: Sequence[str]) -> pa.Table:
-    """Read the rows that a command names.
-
-    Args:
-        source: a file of any format that ``read_table`` knows.
-        text: columns to be read as text even if they look like numbers.
+def read(source: str) -> RawSplit:
+    """Read the rows that a command names; liberties that are taken are said on stderr.
 
     Returns:
         The rows.
     """
-    return read_table(source, text)
+    told: list[str] = []
+    rows = read_rows(source, told)
+    for sentence in told:
+        say(sentence)
+    return rows
 
 
-def answered(predictor: Predictor, name: str, table: pa.Table, source: Path) -> Answers:
+def answered(predictor: Predictor, name: str, rows: RawSplit) -> Answers:
     """Answer by one delta, with progress; what the answers leave out is said on stderr.
 
     Returns:
         The answers.
     """
     with ProgressLine(f"predict {name}") as line:
-        answers = predictor.answer(table, by=name, where=str(source), progress=line.update)
+        answers = predictor.answer(rows, by=name, progress=line.update)
     for column, count in answers.missing.items():
-        say(f"{source}: {count:,} of {table.num_rows:,} rows lack '{column}': no answer there")
-    if answers.cut:
-        say(f"{source}: {answers.cut:,} texts reach the model's length and are cut there")
+        say(f"{rows.where}: {count:,} of {rows.table.num_rows:,} rows lack '{column}': no answer there")
+    say_cut(rows.where, answers.cut)
     return answers
+
+
+def say_cut(where: str, count: int) -> None:
+    """Say how many texts were cut."""
+    if count:
+        say(f"{where}: {count:,} texts are longer than the model takes and are cut (--max-length changes that)")
 
 
 def say(line: str) -> None:

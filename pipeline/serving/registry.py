@@ -19,14 +19,16 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.artifacts.application import Done
-from pipeline.errors import FishmaskError, ParamsError, StorageError
+from pipeline.errors import DataError, FishmaskError, ParamsError, StorageError
 from pipeline.files import write_bytes
 from pipeline.mlflow_store import Store, connect, project_root, tracking_uri
 from pipeline.provenance import git_tags
 from pipeline.serving.interface import Asked, parse_deltas
-from pipeline.serving.predictor import Predictor, columns_to_read
+from pipeline.serving.predictor import Predictor
+from pipeline.serving.questions import IMAGE, columns_to_read, read_rows
+from pipeline.tasks.custom import FILE
+from pipeline.tasks.raw import RawSplit
 from pipeline.tasks.sources import parse
-from pipeline.tasks.tables import read_table
 from pipeline.tuning.manifest import DELTA
 from pipeline.workspace import VERSION
 
@@ -47,8 +49,9 @@ def register(
     base: str | None = None,
     text: Sequence[str] = (),
     max_length: int | None = None,
-    example: Path | None = None,
+    example: str | None = None,
     alias: str | None = None,
+    max_new_tokens: int | None = None,
     device: str = "auto",
     precision: str = "auto",
     batch_size: int = 64,
@@ -62,8 +65,9 @@ def register(
         base: the base's source, where it is another than the one that the deltas name.
         text: the columns to read, where a delta does not say.
         max_length: tokens to which texts are cut, in place of what a delta says.
-        example: a file whose first rows are the input example; None makes one up.
+        example: rows, as ``read_rows`` takes them, whose first are the input example; None makes them up.
         alias: to be moved to this version.
+        max_new_tokens: of a completion.
         device: where the served model computes.
         precision: likewise.
         batch_size: rows that go through the model together.
@@ -78,11 +82,11 @@ def register(
     _check_names(name, alias)
     predictor = Predictor(
         dict(parse_deltas(deltas)), base, text=text or None, max_length=max_length, device=device,
-        precision=precision, batch_size=batch_size,
+        precision=precision, batch_size=batch_size, max_new_tokens=max_new_tokens,
     )  # fmt: skip
     asked = {delta: predictor.use(delta).asked for delta in predictor.names}
     rows = _example(asked, example)
-    read = {delta: columns_to_read(one.interface, rows, str(example)) for delta, one in asked.items()}
+    read = {delta: _columns(one, rows) for delta, one in asked.items()}
     answers = {delta: predictor.answer(rows, by=delta).columns for delta in asked}
     source = _absolute(next(iter(asked.values())).interface.base)
     config = {
@@ -91,6 +95,7 @@ def register(
         "text": list(text)
         or (None if all(one.interface.text for one in asked.values()) else read[next(iter(read))]),
         "max_length": max_length,
+        "max_new_tokens": max_new_tokens,
         "device": device,
         "precision": precision,
         "batch_size": batch_size,
@@ -99,10 +104,10 @@ def register(
         for delta, one in asked.items():
             _stage(one, Path(folder) / DELTAS / delta)
         store = connect(EXPERIMENT)
-        version, run_id = _log(store, name, Path(folder) / DELTAS, asked, rows.select(_distinct(read)), answers,
-                               config | LIMITS)  # fmt: skip
+        table, folders = rows.table.select(_distinct(read)), Path(folder) / DELTAS
+        version, run_id = _log(store, name, folders, asked, table, answers, config | LIMITS)
         uri = f"models:/{name}/{version}"
-        _check_answers(uri, rows, answers)
+        _check_answers(uri, table, answers)
         if alias is not None:
             store.client.set_registered_model_alias(name, alias, version)
     return _done(name, version, run_id, source, asked, alias)
@@ -137,11 +142,39 @@ def _absolute(source: str) -> str:
     return str(Path(source).expanduser().resolve()) if parse(source).kind == "folder" else source
 
 
-def _example(asked: Mapping[str, Asked], file: Path | None) -> pa.Table:
-    named = _distinct({delta: one.interface.text for delta, one in asked.items()})
-    if file is not None:
-        return read_table(file, named).slice(0, _EXAMPLE_ROWS)
-    return pa.table({name: ["An example.", "Another example."] for name in named or ["text"]})
+def _example(asked: Mapping[str, Asked], source: str | None) -> RawSplit:
+    """A few rows to ask: of a file, or made up."""
+    if source is not None:
+        found = read_rows(source, [])
+        table = found.table.slice(0, _EXAMPLE_ROWS)
+        if FILE in table.column_names and any(one.interface.image for one in asked.values()):
+            table = pa.table({IMAGE: [Path(file).read_bytes() for file in table.column(FILE).to_pylist()]})
+        return RawSplit(table, source)
+    columns: dict[str, Any] = {}
+    for one in asked.values():
+        if one.interface.image is not None:
+            columns[IMAGE] = [_grey(), _grey()]
+        for name in one.interface.text or ([] if one.interface.image else ["text"]):
+            columns[name] = ["An example.", "Another example."]
+    return RawSplit(pa.table(columns), "the example")
+
+
+def _grey() -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "grey").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _columns(asked: Asked, rows: RawSplit) -> list[str]:
+    if asked.interface.image is None:
+        return columns_to_read(asked.interface.text, rows)
+    if IMAGE not in rows.table.column_names:
+        raise DataError(
+            f"{rows.where}: no column '{IMAGE}' of encoded images; expected one, or a folder of images"
+        )
+    return [IMAGE]
 
 
 def _distinct(columns: Mapping[str, Sequence[str]]) -> list[str]:
@@ -183,7 +216,7 @@ def _log(
                 name=_legal(name),
                 python_model=str(_CODE),
                 artifacts={DELTAS: str(deltas)},
-                signature=_signature(rows.column_names, answers),
+                signature=_signature(rows.schema, answers),
                 input_example=rows.to_pandas(),
                 model_config=dict(config),
                 pip_requirements=requirements(config["base"]),
@@ -224,13 +257,16 @@ def _log_scores(store: Store, run_id: str, asked: Mapping[str, Asked]) -> None:
     store.write(run_id, points=points)
 
 
-def _signature(columns: Sequence[str], answers: Mapping[str, Mapping[str, pa.Array]]) -> Any:
+def _signature(columns: pa.Schema, answers: Mapping[str, Mapping[str, pa.Array]]) -> Any:
     """What a request holds: texts, and the delta to ask; and, where all deltas answer alike, what comes back."""
     from mlflow.models.signature import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     forms = [{name: values.type for name, values in found.items()} for found in answers.values()]
-    inputs: list[Any] = [ColSpec("string", name, required=len(answers) == 1) for name in columns]
+    inputs: list[Any] = [
+        ColSpec("binary" if pa.types.is_binary(field.type) else "string", field.name, required=len(answers) == 1)
+        for field in columns
+    ]
     outputs: list[Any] = [
         ColSpec("float" if pa.types.is_floating(kind) else "string", name) for name, kind in forms[0].items()
     ]

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.errors import ParamsError
@@ -46,8 +44,8 @@ def write_table(path: Path, table: pa.Table) -> list[str]:
 def encoded(suffix: str, table: pa.Table) -> tuple[bytes, list[str]]:
     """Encode a table.
 
-    In csv and tsv a null is nothing and an empty text is ``""`` (so is a null that stands alone in its row);
-    numbers are the shortest that read back the same. In json a number that is not finite is null.
+    In csv and tsv a null is an empty cell; numbers are the shortest that read back the same. In json a number that
+    is not finite is null.
 
     Args:
         suffix: of ``FORMATS``.
@@ -64,16 +62,11 @@ def encoded(suffix: str, table: pa.Table) -> tuple[bytes, list[str]]:
     left_out = [field.name for field in table.schema if _binary(field.type) or (flat and _nested(field.type))]
     table = table.drop_columns(left_out)
     if flat:
-        mark = "\t" if suffix == ".tsv" else ","
         text = io.StringIO()
-        csv.writer(text, delimiter=mark, lineterminator="\n").writerow(table.column_names)
-        buffer.write(text.getvalue().encode())
-        if table.num_columns == 1:  # a line of nothing would be no row to a reader
-            table = pa.table({table.column_names[0]: pc.fill_null(table.column(0).cast(pa.string()), "")})
-        if table.num_columns:
-            options = pyarrow.csv.WriteOptions(include_header=False, delimiter=mark)
-            pyarrow.csv.write_csv(table, buffer, options)
-        return buffer.getvalue(), left_out
+        writer = csv.writer(text, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
+        writer.writerow(table.column_names)
+        writer.writerows(zip(*(column.cast(pa.string()).to_pylist() for column in table.columns), strict=True))
+        return text.getvalue().encode(), left_out
     rows = [_plain(row) for row in table.to_pylist()]
     if suffix == ".jsonl":
         return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode(), left_out

@@ -20,7 +20,9 @@ import pyarrow as pa  # noqa: E402
 
 from pipeline.errors import DataError, FishmaskError  # noqa: E402
 from pipeline.serving.predictor import Predictor  # noqa: E402
+from pipeline.serving.questions import IMAGE  # noqa: E402
 from pipeline.serving.registry import DELTAS  # noqa: E402
+from pipeline.tasks.raw import RawSplit  # noqa: E402
 
 
 class Served(PythonModel):
@@ -47,7 +49,10 @@ class Served(PythonModel):
             device=config["device"],
             precision=config["precision"],
             batch_size=int(config["batch_size"]),
+            max_new_tokens=config["max_new_tokens"],
         )
+        asked = [self._predictor.use(name).asked for name in self._names]
+        self._images = any(one.interface.image is not None for one in asked)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -66,33 +71,35 @@ class Served(PythonModel):
             MlflowException: for rows or params that make no sense; the server answers 400.
         """
         try:
-            rows = self._table(model_input)
-            answers = self._predictor.answer(
-                rows, by=(params or {}).get("delta", self._names[0]), where="the request"
-            )
+            rows = RawSplit(self._table(model_input), "the request")
+            answers = self._predictor.answer(rows, by=(params or {}).get("delta", self._names[0]))
         except FishmaskError as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
         return frame(answers.columns)
 
     def _table(self, given: pd.DataFrame) -> pa.Table:
-        """The columns that are read, as texts or nulls."""
+        """The columns that are read: texts, encoded images, or nulls. A file's path is never one of them."""
         if len(given) > self._rows:
             raise DataError(f"the request has {len(given):,} rows; expected at most {self._rows:,}")
         columns = {}
         for name in given.columns:
+            kind = bytes if name == IMAGE and self._images else str
             values = [None if _is_null(value) else value for value in given[name].tolist()]
             for row, value in enumerate(values):
-                if value is not None and not isinstance(value, str):
-                    kind = type(value).__name__
-                    raise DataError(f"the request: column '{name}', row {row} is {kind}; expected text")
-                if value is not None and len(value) > self._characters:
+                where = f"the request: column '{name}', row {row}"
+                if value is None:
+                    continue
+                if not isinstance(value, kind):
                     raise DataError(
-                        f"the request: column '{name}', row {row} has {len(value):,} characters; expected at most "
-                        f"{self._characters:,}"
+                        f"{where} is {type(value).__name__}; expected {'text' if kind is str else 'an image'}"
                     )
-                if value is not None and not _encodable(value):
-                    raise DataError(f"the request: column '{name}', row {row} is no Unicode text")
-            columns[str(name)] = pa.array(values, pa.string())
+                if isinstance(value, str) and len(value) > self._characters:
+                    raise DataError(
+                        f"{where} has {len(value):,} characters; expected at most {self._characters:,}"
+                    )
+                if isinstance(value, str) and not _encodable(value):
+                    raise DataError(f"{where} is no Unicode text")
+            columns[str(name)] = pa.array(values, pa.string() if kind is str else pa.binary())
         return pa.table(columns)
 
 

@@ -1,4 +1,4 @@
-"""Tuned folders over one tiny BERT: what training would leave is made by hand, so that every value is known."""
+"""Tuned folders whose deltas are drawn instead of trained, so that every value is known."""
 
 import torch
 
@@ -17,17 +17,19 @@ TRAINING = {
 
 
 def make_tuned(
-    folder, base, classes=("bad", "good"), text=("review",), seed=1, label="verdict", max_length=12, head=0
-):
-    """Write a tuned folder whose delta holds drawn values, and return its model.
+    folder, base, classes=("bad", "good"), text=("review",), seed=1, label="verdict", max_length=12, head=0,
+    kind="text", image=None,
+):  # fmt: skip
+    """Write a tuned folder whose delta holds drawn values.
 
     Returns:
         The trained model, in eval mode.
     """
-    outputs = len(classes) or 1
+    objective = "completion" if kind == "causal" else "classification" if classes else "regression"
     info = {
-        "model": str(base), "revision": None, "kind": "text", "outputs": outputs, "classes": list(classes) or None,
-        "channels": None, "seed": head, "task": folder.name,
+        "model": str(base), "revision": None, "kind": kind, "classes": list(classes) or None, "seed": head,
+        "outputs": 0 if kind == "causal" else len(classes) or 1, "channels": image and image["shape"][0],
+        "task": folder.name,
     }  # fmt: skip
     model, trained = (load_model(str(base), info=info) for _ in range(2))
     index = ParameterIndex.of(model)
@@ -35,7 +37,7 @@ def make_tuned(
     chosen = {}
     for name in index:
         size = index.numel(name)
-        count = size if name.startswith("classifier.") else max(size // 20, 1)
+        count = size if name.startswith(("classifier.", "fc.")) else max(size // 20, 1)
         chosen[name] = torch.randperm(size, generator=draw)[:count].sort().values
     mask = Mask(index, chosen)
     with torch.no_grad():
@@ -45,13 +47,13 @@ def make_tuned(
     delta = Delta.of(trained, mask, base=model, info=info)
     folder.mkdir(parents=True)
     size = delta.save(folder / "delta.safetensors")
-    objective = "classification" if classes else "regression"
-    metric = "accuracy" if classes else "pearson"
+    metric = {"classification": "accuracy", "regression": "pearson", "completion": "token_accuracy"}[objective]
     Tuned.model_validate({
         "format": "fishmask-tune", "version": 1, "name": folder.name,
         "base": {"source": str(base), "revision": None, "digest": delta.base},
-        "kind": "text", "objective": objective, "columns": {"text": list(text), "label": label},
-        "classes": list(classes) or None, "text": {"max_length": max_length, "pad": 0}, "image": None,
+        "kind": kind, "objective": objective, "classes": list(classes) or None,
+        "columns": {"text": [] if image else list(text), "label": None if image else label},
+        "text": None if image else {"max_length": max_length, "pad": 0}, "image": image,
         "delta": {
             "digest": delta.digest, "bytes": size, "values": mask.nnz, "parameters": index.total,
             "density": mask.nnz / index.total,

@@ -67,7 +67,10 @@ def test_every_format_goes_in_and_comes_out_in_order(reviews, tmp_path, suffix):
     facts = json.loads(done.stdout)
     assert facts["rows"] == 5 and facts["columns"] == ["id", "review", "verdict", "prediction", "p_bad", "p_good"]
     assert "1 of 5 rows lack 'review': no answer there" in done.stderr
-    assert "1 texts reach the model's length" in done.stderr and "predict reviews: 4/4" in done.stderr
+    assert (
+        "1 texts are longer than the model takes and are cut" in done.stderr
+        and "predict reviews: 4/4" in done.stderr
+    )
     wanted = Predictor(reviews[0], device="cpu").answer({"review": [row["review"] for row in ROWS]}).columns
     rows = read(out)
     assert [int(row["id"]) for row in rows] == [7, 3, 5, 1, 9]
@@ -167,7 +170,7 @@ def test_labels_by_number_regression_and_what_does_not_fit(reviews, others, tmp_
     wrong = write(tmp_path / "w.csv", [row | {"verdict": "meh"} for row in ROWS])
     for delta, file, more, why in (
         (reviews[0], wrong, (), "label 'meh' in column 'verdict', row 0 .*expected one of bad, good"),
-        (others["stars"][0], source, ("--label", "verdict"), "holds string; expected numbers"),
+        (others["stars"][0], source, ("--label", "verdict"), "'good' in column 'verdict', row 0 .*is no number"),
         (reviews[0], source, ("--label", "verdicts"), r"no column 'verdicts'; did you mean 'verdict'\?"),
     ):
         with pytest.raises(DataError, match=why):

@@ -10,6 +10,7 @@ import torch
 from pipeline.deltas.target import Layout
 from pipeline.errors import ArtifactError, DataError, MismatchError, ParamsError
 from pipeline.serving.predictor import Predictor
+from pipeline.tasks.raw import RawSplit
 from pipeline.tasks.saved import load_model, save_model
 from tests.serving.folders import make_tuned
 
@@ -130,9 +131,9 @@ def test_a_bare_delta_file_is_asked_by_what_it_says_of_itself(reviews, bert, tmp
     predictor = Predictor(file, max_length=12, device="cpu")
     check_classes(predictor.answer({"n": range(7), "any": TEXTS}), expected(model, bert, TEXTS), ["bad", "good"])
     with pytest.raises(
-        ParamsError, match=r"film.csv: cannot tell which column .* \(text columns: a, b\); add --text"
+        DataError, match=r"film.csv: cannot tell which column .* \(columns of text: a, b\); add --text"
     ):
-        predictor.answer({"a": TEXTS, "b": TEXTS}, where="film.csv")
+        predictor.answer(RawSplit(pa.table({"a": TEXTS, "b": TEXTS}), "film.csv"))
     chosen = Predictor(file, text=["b"], max_length=12, device="cpu")
     check_classes(chosen.answer({"a": TEXTS, "b": TEXTS}), expected(model, bert, TEXTS), ["bad", "good"])
 
@@ -154,9 +155,9 @@ def test_what_does_not_fit_is_refused_in_one_line(reviews, others, bert, tmp_pat
         Predictor({"a": folder, "b": others["again"][0]}, device="cpu").use("c")
     predictor = Predictor(folder, device="cpu")
     with pytest.raises(DataError, match=r"new.csv: no column 'review'; did you mean 'reviews'\?"):
-        predictor.answer({"reviews": ["x"]}, where="new.csv")
-    with pytest.raises(DataError, match="column 'review' holds int64; expected text"):
-        predictor.answer({"review": [1]})
+        predictor.answer(RawSplit(pa.table({"reviews": ["x"]}), "new.csv"))
+    with pytest.raises(DataError, match="column 'review' holds list.*; expected text"):
+        predictor.answer({"review": [["a"]]})
     swapped = tmp_path / "swapped"
     swapped.mkdir()
     (swapped / "tune.json").write_bytes((folder / "tune.json").read_bytes())
