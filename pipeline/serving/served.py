@@ -22,6 +22,7 @@ from pipeline.errors import DataError, FishmaskError  # noqa: E402
 from pipeline.serving.predictor import Predictor  # noqa: E402
 from pipeline.serving.questions import IMAGE  # noqa: E402
 from pipeline.serving.registry import DELTAS  # noqa: E402
+from pipeline.tasks.custom import CLASS, FILE  # noqa: E402
 from pipeline.tasks.raw import RawSplit  # noqa: E402
 
 
@@ -83,6 +84,8 @@ class Served(PythonModel):
             raise DataError(f"the request has {len(given):,} rows; expected at most {self._rows:,}")
         columns = {}
         for name in given.columns:
+            if name in (FILE, CLASS) and self._images:
+                continue  # the columns of images by path, which a request may not name
             kind = bytes if name == IMAGE and self._images else str
             values = [None if _is_null(value) else value for value in given[name].tolist()]
             for row, value in enumerate(values):

@@ -106,7 +106,8 @@ def test_a_request_holds_images_and_never_paths(digits, pixels, tmp_path):
         artifacts = {"deltas": str(digits[0].parent)}
         model_config = {
             "base": "builtin:resnet-digits", "deltas": ["digits"], "text": None, "max_length": None,
-            "device": "cpu", "precision": "auto", "batch_size": 8, "max_new_tokens": None, "max_rows": 9, "max_characters": 99,
+            "device": "cpu", "precision": "auto", "batch_size": 8, "max_new_tokens": None, "max_rows": 9,
+            "max_characters": 99,
         }  # fmt: skip
 
     served = Served()
