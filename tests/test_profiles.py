@@ -1,4 +1,4 @@
-"""The shipped profiles: each loads and has every key that dvc.yaml crosses; `paper` is the record to the letter."""
+"""The shipped profiles: each loads and has the keys that dvc.yaml crosses; `paper` is the record to the letter."""
 
 import re
 from pathlib import Path
