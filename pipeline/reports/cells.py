@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.reports.statistics import Scored, mean
@@ -28,6 +28,7 @@ class Cell(Scored):
         delta_bytes: the mean size of the delta file (coordinates, values and buffers).
         dense_bytes: the size of a dense checkpoint of the same model.
         curves: seed -> the metrics of each epoch.
+        mismatched: seed -> score on MNLI's second validation split, where there is one.
     """
 
     task: str
@@ -45,6 +46,7 @@ class Cell(Scored):
     delta_bytes: float | None
     dense_bytes: float | None
     curves: Mapping[int, Sequence[Mapping[str, Any]]]
+    mismatched: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def cell_of(content: Mapping[str, Any], masks: Mapping[tuple[str, str, str], Mas
         delta_bytes=average("delta_bytes"),
         dense_bytes=average("dense_bytes"),
         curves={seed: values.get("epochs") or [] for seed, values in seeds.items()},
+        mismatched={seed: float(v["mismatched"]) for seed, v in seeds.items() if v.get("mismatched") is not None},
     )
 
 

@@ -6,7 +6,9 @@ from pipeline.reports.cells import Cell
 from pipeline.reports.chains import ChainCell
 from pipeline.reports.results import MIN_SEEDS, Results
 from pipeline.reports.shares import ShareCell
-from pipeline.reports.table import metric_title
+from pipeline.reports.statistics import mean
+from pipeline.reports.statistics import spread as spread_of
+from pipeline.reports.table import metric_title, scale_of
 
 
 def cell_notes(cells: Sequence[Cell], *, spread: bool = True) -> list[str]:
@@ -19,6 +21,12 @@ def cell_notes(cells: Sequence[Cell], *, spread: bool = True) -> list[str]:
         titles = ", ".join(sorted({metric_title(cell.metric) for cell in of_task}))
         notes.append(f"{task}: {titles}; {data_text(of_task[0])}.")
     for cell in cells:
+        if cell.mismatched:
+            others = list(cell.mismatched.values())
+            scale, deviation = scale_of(cell.metric), spread_of(others)
+            text = f"{(mean(others) or 0.0) * scale:.1f}"
+            text += "" if deviation is None else f" ± {deviation * scale:.1f}"
+            notes.append(f"{cell.task} {cell.method} {cell.setting}: {text} on the mismatched validation split.")
         if cell.diverged or len(cell.values) < len(cell.scores):
             lost = [seed for seed, score in cell.scores.items() if score is None]
             name = f"{cell.task} {cell.method} {cell.setting}"

@@ -12,8 +12,12 @@ from pathlib import Path
 from pipeline.errors import StorageError
 from pipeline.files import write_bytes
 from pipeline.reports import checkpoints, distributed, figures, tables
+from pipeline.reports.average import average_table
 from pipeline.reports.drawing import Figure
+from pipeline.reports.figure2 import cross_figure
+from pipeline.reports.forgetting import forgetting_table, overlap_table
 from pipeline.reports.notes import data_text
+from pipeline.reports.rates import rate_table
 from pipeline.reports.reading import load_results
 from pipeline.reports.reference import reference_table
 from pipeline.reports.results import Results
@@ -172,7 +176,8 @@ def _compared(results: Results, task: str, other: str) -> str:
 
 
 def _main_section(results: Results) -> Section | None:
-    made = [tables.overview_table(results), tables.main_table(results), tables.difference_table(results)]
+    made = [tables.overview_table(results), average_table(results), tables.main_table(results)]
+    made += [tables.difference_table(results), rate_table(results)]
     figure = figures.methods_figure(results)
     text = "Each method trains its own mask with its own tuned learning rate, on the same seeds and data order."
     return _section("main", "Main result", text, [figure], made) if results.cells else None
@@ -188,7 +193,7 @@ def _sweep_section(results: Results) -> Section | None:
         "sweeps",
         "Density and examples",
         text,
-        [figures.sweep_figure(results, axis) for axis in axes],
+        [cross_figure(results), *(figures.sweep_figure(results, axis) for axis in axes)],
         [tables.sweep_table(results, axis) for axis in axes],
     )
 
@@ -199,7 +204,14 @@ def _mask_section(results: Results) -> Section | None:
         "all parameters lie. Below, what a mask costs on disk."
     )
     shown = [figures.layout_figure(results, task) for task in results.tasks]
-    return _section("masks", "Masks", text, shown, [tables.mask_table(results)])
+    return _section("masks", "Masks", text, shown, [tables.mask_table(results), overlap_table(results)])
+
+
+def _forgetting_section(results: Results) -> Section | None:
+    text = (
+        "What training on one task costs the features that the other tasks read, and how far it moves the model."
+    )
+    return _section("forgetting", "Forgetting", text, [], [forgetting_table(results)])
 
 
 def _checkpoint_section(results: Results) -> Section | None:
@@ -242,6 +254,7 @@ _SECTIONS: tuple[Callable[[Results], Section | None], ...] = (
     _main_section,
     _sweep_section,
     _mask_section,
+    _forgetting_section,
     _share_section,
     _checkpoint_section,
     _detail_section,

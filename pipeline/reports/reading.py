@@ -11,7 +11,7 @@ from pipeline.reports.chains import ChainCell, chain_cell
 from pipeline.reports.results import Results
 from pipeline.reports.shares import ShareCell, share_cell
 
-_AS_THEY_ARE = ("fetch", "score")
+_AS_THEY_ARE = ("fetch", "score", "tune-lr", "forget")
 Name = tuple[str, str, str]  # task, method, setting
 Record = TypeVar("Record", Cell, MaskRecord, ChainCell, ShareCell)
 

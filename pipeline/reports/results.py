@@ -14,7 +14,9 @@ from pipeline.reports.shares import ShareCell
 from pipeline.reports.statistics import bootstrap_interval, mean, paired_p
 
 MIN_SEEDS = 3  # fewer never tell two methods apart, whatever their differences
-_METHODS = ("dense", "fish", "random", "bitfit", "magnitude", "head")
+_METHODS = (
+    "dense", "fish", "random", "bitfit", "magnitude", "head", "lora", "shira", "deviation", "diff-pruning",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,4 +175,5 @@ class Results:
 
 def method_order(method: str) -> tuple[int, str]:
     """Sort key: the paper's order, then by name."""
-    return (_METHODS.index(method) if method in _METHODS else len(_METHODS), method)
+    base = method if method in _METHODS else method.partition("-")[0]  # variants stand behind their method
+    return (_METHODS.index(base) if base in _METHODS else len(_METHODS), method)

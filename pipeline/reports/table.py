@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 MISSING = "–"
-_HUNDREDTHS = ("accuracy", "f1", "matthews", "mcc", "pearson", "spearman")
+_PAIRS = {"accuracy_f1": "mean of accuracy and F1", "pearson_spearman": "mean of Pearson and Spearman"}
+_HUNDREDTHS = ("accuracy", "f1", "matthews", "mcc", "pearson", "spearman", *_PAIRS)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def _plain(text: str) -> str:
 
 def metric_title(metric: str) -> str:
     """``accuracy, %``, ``mcc × 100``, or the metric's own name and unit."""
-    return "accuracy, %" if metric == "accuracy" else f"{metric} × 100" if metric in _HUNDREDTHS else metric
+    name = _PAIRS.get(metric, metric)
+    return "accuracy, %" if metric == "accuracy" else f"{name} × 100" if metric in _HUNDREDTHS else name
 
 
 def score_text(cell: Cell | ChainCell | ShareCell | None) -> str:
