@@ -68,8 +68,8 @@ def overlap_table(results: Results) -> Table | None:
                 })
     rows = [row for row in rows if row[2].text]
     notes = (
-        "|A ∩ B| / |A ∪ B|, heads left out, mean over pairs of seeds or over seeds; two random masks of 0.5 % share "
-        "0.0025.",
+        "|A ∩ B| / |A ∪ B|, heads left out, mean over pairs of seeds or over seeds; two random masks of 0.5 % "
+        "share 0.0025.",
     )
     title = "Overlap of masks between seeds and between tasks"
     columns = ("cell", "between", "Jaccard index")
