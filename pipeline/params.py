@@ -169,6 +169,7 @@ class DistributeParams(_Strict):
     renew: Annotated[int, Field(ge=0)] = 0
     outer: OuterParams | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
+    seeds: Positive | None = None
     epochs: Positive | None = None
     density: Density | None = None
     examples: Positive | None = None

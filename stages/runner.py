@@ -18,7 +18,8 @@ from pipeline.files import write_json
 from pipeline.params import Params
 from pipeline.process import alone, end_with_parent, interruptible
 from pipeline.tracking import Run, Tracker
-from pipeline.workspace import VERSION, Cell, Workspace
+from pipeline.training.resume import fingerprint
+from pipeline.workspace import VERSION, Cell, Workspace, code_digest
 
 if TYPE_CHECKING:
     from pipeline.tasks.base import Task
@@ -107,6 +108,25 @@ class Stage:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                 run.log({"seconds": seconds, "peak_rss_mib": peak}, step=0)
             self._finish(seconds, peak)
+
+    def keep_seeds(self, count: int | None) -> None:
+        """Run the first so many of the profile's seeds; None: all, as do seeds that were asked for by number."""
+        if count is not None and not self._partial:
+            self.seeds = self.seeds[:count]
+
+    def resumable(self, data: str, device: str) -> dict[int, Path]:
+        """Where each seed's unfinished run and its result are kept, by all that decides it.
+
+        Args:
+            data: the data's digest.
+            device: where it is computed, in words.
+
+        Returns:
+            seed -> folder, whose name is the fingerprint.
+        """
+        inputs = {"settings": self.settings, "data": data, "device": device, "code": code_digest()}
+        keys = {seed: fingerprint(**inputs, cell=self.cell, seed=seed) for seed in self.seeds}
+        return {seed: self.workspace.resume(self.cell.stage, key) for seed, key in keys.items()}
 
     def record(self, seed: int | None = None, **values: Any) -> None:
         """Add to the metrics file: reproducible values only, so that git sees a change where there is one."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import ParamsError
+from pipeline.tasks.image import sent
 from pipeline.tasks.published import Published
 
 AUGMENT = "crop-flip-cutout"
@@ -58,12 +59,11 @@ def augment(x_BCHW: Tensor, seed: int, *, padding: int = 4, hole: int = 8) -> Te
     device = x_BCHW.device
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(high: int) -> Tensor:
-        return torch.randint(high, (B, 1, 1), generator=generator).to(device)
-
+    # In this order, and sent in one go: each copy to a GPU costs as much as all of them.
+    highs = (2 * padding + 1, 2 * padding + 1, 2, H, W)
+    draws = torch.stack([torch.randint(high, (B, 1, 1), generator=generator) for high in highs])
+    down, right, mirror, y, x = sent(draws, device)
     row_H1, column_1W = torch.arange(H, device=device)[:, None], torch.arange(W, device=device)[None, :]
-    down, right, mirror = draw(2 * padding + 1), draw(2 * padding + 1), draw(2)
-    y, x = draw(H), draw(W)
     column_B1W = torch.where(mirror == 1, W - 1 - column_1W, column_1W)
     padded = F.pad(x_BCHW, (padding, padding, padding, padding))
     image = torch.arange(B, device=device)[:, None, None]

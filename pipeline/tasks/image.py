@@ -57,6 +57,15 @@ def statistics(pixels_NCHW: np.ndarray) -> tuple[list[float], list[float]]:
     return means, deviations
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Send a small tensor to a device without waiting for the work that is queued there.
+
+    Returns:
+        The tensor on the device; itself where it is there already.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class ImageSplit:
     """The pixels of one fetched split, moved to a device once and normalised there.
 
@@ -75,9 +84,11 @@ class ImageSplit:
             mean: of each channel, on the scale 0..1.
             std: likewise.
         """
-        self._mean, self._std = mean, std
         labels = torch.full((len(pixels),), -1) if labels is None else labels
-        self._on = {torch.device("cpu"): (torch.from_numpy(pixels), labels)}
+        scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        self._on: dict[torch.device, tuple[Tensor, ...]] = {
+            torch.device("cpu"): (torch.from_numpy(pixels), labels, *scale)
+        }
 
     def batch(
         self, rows: Rows, device: torch.device | None = None, augment: Callable[[Tensor], Tensor] | None = None
@@ -89,10 +100,8 @@ class ImageSplit:
         """
         device = device or torch.device("cpu")
         if device not in self._on:
-            pixels, labels = self._on[torch.device("cpu")]
-            self._on[device] = (pixels.to(device), labels.to(device))
-        pixels, labels = self._on[device]
-        chosen = torch.from_numpy(rows).to(device)
-        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (self._mean, self._std))
+            self._on[device] = tuple(tensor.to(device) for tensor in self._on[torch.device("cpu")])
+        pixels, labels, mean, std = self._on[device]
+        chosen = sent(torch.from_numpy(rows), device)
         x_BCHW = (pixels[chosen].float() / 255 - mean) / std
         return (augment(x_BCHW) if augment else x_BCHW), labels[chosen]

@@ -4,26 +4,21 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from pipeline.deltas.chain import Chain
 from pipeline.errors import StorageError
-from pipeline.losses import Batch, outputs_of
 from pipeline.masks.mask import Mask
 from pipeline.tasks.checkpointing import Masks
+from pipeline.tasks.clock import Clock, duration, timed, timed_forward, timed_steps
 from pipeline.tasks.fitting import EVALUATION
 from pipeline.training.leak import LeakyParameters
-from pipeline.training.loop import fit
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.methods import method_named
 from pipeline.training.recipe import Recipe
-
-_STEPS = 3  # timed after one that warms up
 
 
 @dataclass(frozen=True)
@@ -43,8 +38,9 @@ class Estimate:
     def text(self, seeds: int) -> str:
         """Say what some seeds cost."""
         seconds, megabytes = self.seconds * seeds, self.nbytes * seeds / 1e6
-        minutes = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-        return f"about {minutes} and {megabytes:,.1f} MB (an estimate, from a probe of {self.probe:.1f} s)"
+        return (
+            f"about {duration(seconds)} and {megabytes:,.1f} MB (an estimate, from a probe of {self.probe:.1f} s)"
+        )
 
     def check_room(self, folder: Path, seeds: int) -> None:
         """Refuse to begin where the disk is too small: a finished chain is copied before its source goes.
@@ -85,18 +81,12 @@ def estimate(
     model = task.model(masks.seed).to(where)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng([where] if where.type == "cuda" else []):
         chain = Chain.create(Path(folder) / "chain", model)
-        steps = _Clock(where)
         sequence = task.batches("train", batch_size, seed=recipe.seed, epoch=0, device=where)
         kind = LeakyParameters if leak else MaskedParameters
         with kind(model, mask) as masked:
-            fit(
-                model, lambda _: sequence[: (1 + _STEPS) * recipe.accumulate], masked=masked,
-                recipe=replace(recipe, epochs=1, schedule="constant", warmup=1.0, lr=recipe.lr * 1e-3),
-                device=masks.device, channels_last=task.kind == "image" and where.type == "cuda",
-                progress=lambda _: steps.mark(),
-            )  # fmt: skip
+            step_seconds = timed_steps(task, masked, sequence, recipe, masks.device)
             touched = masked.mask
-        checkpoint = _Clock(where)
+        checkpoint = Clock(where)
         checkpoint.mark()
         step = chain.append(model, touched)
         chain.restore_(model)
@@ -109,44 +99,12 @@ def estimate(
     epochs = recipe.epochs
     changes = 0 if every is None else (epochs - 1) // every
     evaluations = task.batches(judged, EVALUATION * batch_size, device=where)
-    seconds = epochs * math.ceil(len(sequence) / recipe.accumulate) * steps.shortest
-    seconds += 2 * epochs * len(evaluations) * _timed(where, lambda: _forward(model, evaluations[0]))
+    seconds = epochs * math.ceil(len(sequence) / recipe.accumulate) * step_seconds
+    seconds += 2 * epochs * len(evaluations) * timed_forward(model, evaluations[0], where)
     seconds += epochs * checkpoint.shortest
     if changes and method_named(masks.method).needs_ranking:
         few = replace(masks, score=masks.score.model_copy(update={"examples": [masks.score.batch_size]}))
         batches = min(masks.score.examples[-1], task.sizes["train"]) / masks.score.batch_size
-        seconds += changes * batches * _timed(where, lambda: few.choose(model, 0))
+        seconds += changes * batches * timed(where, lambda: few.choose(model, 0))
     nbytes = base + epochs * each - (epochs - 1 - changes) * step.nbytes["coordinates"]
     return Estimate(seconds, nbytes, time.monotonic() - begun)
-
-
-class _Clock:
-    """Moments at which the device had done all it was given."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._marks = device, list[float]()
-
-    def mark(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._marks.append(time.monotonic())
-
-    @property
-    def shortest(self) -> float:
-        """Seconds between two marks."""
-        return min(b - a for a, b in zip(self._marks, self._marks[1:], strict=False)) if self._marks[1:] else 0.0
-
-
-def _timed(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds that some work takes the second time."""
-    clock = _Clock(device)
-    for _ in range(2):
-        clock.mark()
-        work()
-    clock.mark()
-    return clock.shortest
-
-
-@torch.no_grad()
-def _forward(model: nn.Module, batch: Batch) -> Tensor:
-    return outputs_of(model, batch)

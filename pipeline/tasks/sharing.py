@@ -26,7 +26,7 @@ from pipeline.training.masked import MaskedParameters
 from pipeline.training.methods import mask_for, method_named
 from pipeline.training.recipe import Recipe
 
-_EVALUATION = 4  # evaluation batches are this many times larger: no gradients, hence no memory for them
+EVALUATION = 4  # evaluation batches are this many times larger: no gradients, hence no memory for them
 _SHARDS = 5  # the key of this draw, beside those of ``Task``
 
 
@@ -136,7 +136,7 @@ def train_worker(
     with ProgressLine(name) as line, MaskedParameters(model, first) as masked:
         rounds = Rounds(
             masked, course, head=sharing.head, choose=choose, log=log,
-            evaluate=lambda m: task.evaluate(m, task.reported, _EVALUATION * batch_size, where, device.autocast),
+            evaluate=lambda m: task.evaluate(m, task.reported, EVALUATION * batch_size, where, device.autocast),
         )  # fmt: skip
         if resume is not None:
             resume.wire = rounds.wire
