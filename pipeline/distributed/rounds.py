@@ -215,11 +215,11 @@ class Rounds:
         numbers = {
             "records": self.records, "merges": self._merges, "reported": self._reported, "since": self._since,
             "choices": self._choices, "step": self._step, "bytes": dict(self.wire.bytes),
+            "touched": self.touched.info,
         }  # fmt: skip
         text = json.dumps(numbers).encode()
         state = {"numbers": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-        if self.touched != self._masked.mask:
-            state |= {f"touched.{n}": t for n, t in self.touched.pack(compact=False).items()}
+        state |= {f"touched.{n}": t for n, t in self.touched.pack(compact=False).items()}
         return state | ({f"sync.{n}": t for n, t in self.sync.state().items()} if self.sync is not None else {})
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -230,8 +230,7 @@ class Rounds:
         if self.sync is not None:
             self._remask(self._masked.mask)  # so that all workers' coordinates are known
             self.sync.restore(_part(state, "sync"))
-        touched = _part(state, "touched")
-        self.touched = Mask.unpack(touched, "the saved state") if touched else self._masked.mask
+        self.touched = Mask.unpack(_part(state, "touched"), "the saved state", numbers["touched"])
         self.wire.bytes.clear()
         self.wire.bytes.update(numbers["bytes"])
         self._buffers.mark()
