@@ -69,7 +69,7 @@ def apply(delta_file: Path, base: str, out: Path, *, force: bool = False) -> Don
     check_out(out, [delta_file, path], force=force, folder=path is None or not _alone(path))
     view = _as_base(base, path, delta)
     if view is None:
-        model = load_model(base, info=delta.info)
+        model = built(base, delta)
         delta.apply_(model)
         return _saved(model, base, out, delta, "base + {}")
     held = {name: (None, buffer) for name, buffer in delta.buffers.items() if name in view}
@@ -103,13 +103,13 @@ def revert(delta_file: Path, tuned: str, out: Path, base: str | None, *, force: 
         raise ParamsError(f"{delta_file}: keeps no values of its base; add --base MODEL to take them from")
     path, base_path = located(tuned), None if base is None else located(base)
     check_out(out, [delta_file, path, base_path], force=force, folder=path is None or not _alone(path))
-    if path is None:
-        model = load_model(tuned, info=delta.info)
+    view = None if path is None else Streamed(Checkpoint.open(path), delta)
+    if view is None or (view.lacking and _buildable(view, delta)):
+        model = built(tuned, delta)
         if base is not None:
-            delta = delta.with_base(load_model(base, info=delta.info))
+            delta = delta.with_base(built(base, delta))
         delta.revert_(model)
         return _saved(model, tuned, out, delta, "the base again, {} restored")
-    view = Streamed(Checkpoint.open(path), delta)
     if view.lacking:
         raise MismatchError(f"{tuned}: lacks tensor '{view.lacking[0]}' of the delta; name the tuned model")
     values, buffers = base_values(delta, base, base_path)
@@ -146,6 +146,26 @@ def located(source: str) -> Path | None:
             "builtin:NAME or a hub id"
         )
     return path
+
+
+def built(source: str, delta: Delta) -> nn.Module:
+    """Build a model in memory, in the dtypes that a delta's base has.
+
+    Args:
+        source: of the model.
+        delta: whose ``info`` says of which kind it is.
+
+    Returns:
+        The model.
+    """
+    model = load_model(source, info=delta.info)
+    for name, parameter in model.named_parameters():
+        if name in delta.layout.parameters:
+            parameter.data = parameter.data.to(delta.layout.parameters[name][0])
+    for name, buffer in model.named_buffers():
+        if name in delta.buffers:
+            buffer.data = buffer.data.to(delta.buffers[name].dtype)
+    return model
 
 
 def check_out(out: Path, inputs: Iterable[Path | None], *, force: bool, folder: bool) -> None:
@@ -185,9 +205,7 @@ def _as_base(source: str, path: Path | None, delta: Delta) -> Streamed | None:
     if path is None:
         return None
     view, whole = Streamed(Checkpoint.open(path), delta), delta.whole
-    buildable = (
-        not view.checkpoint.alone and (path / CONFIG).is_file() and {"kind", "outputs"} <= delta.info.keys()
-    )
+    buildable = _buildable(view, delta)
     unknown = [name for name in view.lacking if name not in whole]
     if unknown and not buildable:
         raise MismatchError(
@@ -203,6 +221,12 @@ def _as_base(source: str, path: Path | None, delta: Delta) -> Streamed | None:
     if delta.mask.nnz and not delta.thin and not view.lacking and view.unlike(delta) is None:
         raise MismatchError(f"{source}: holds this delta's values already; name the base")
     raise MismatchError(f"{source}: {delta.known.difference(digests, whole)}")
+
+
+def _buildable(view: Streamed, delta: Delta) -> bool:
+    """Tell whether a folder's model can be built, whatever names its files have for the module's tensors."""
+    found = not view.checkpoint.alone and (view.checkpoint.folder / CONFIG).is_file()
+    return found and {"kind", "outputs"} <= delta.info.keys()
 
 
 def base_values(delta: Delta, base: str | None, path: Path | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -222,7 +246,7 @@ def base_values(delta: Delta, base: str | None, path: Path | None) -> tuple[dict
         if view is not None:
             values = {name: view.read(name, delta.at(name)) for name in delta.mask.index if view.copies[name]}
             return values, {name: view[name] for name in delta.buffers if name in view}
-        known = delta.with_base(load_model(base, info=delta.info)).known
+        known = delta.with_base(built(base, delta)).known
     assert known.values is not None
     return known.values, known.buffers
 

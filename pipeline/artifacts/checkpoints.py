@@ -129,8 +129,9 @@ class Checkpoint(Mapping[str, Tensor]):
             f"{len(found)} indices; name the one that is meant" if found else f"neither {FILE} nor model{INDEX}"
         )
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        hint = f" ({pickled[0]} is a pickle, which is never loaded: convert it with save_pretrained)" * bool(
-            pickled
+        hint = "".join(
+            f" ({name} is a pickle, which is never loaded: convert it with save_pretrained)"
+            for name in pickled[:1]
         )
         raise ModelError(f"{folder}: holds {reason}; expected a folder in the hub's layout{hint}")
 

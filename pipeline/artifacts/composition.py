@@ -8,14 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pipeline.artifacts.application import Done, check_out, located
+from pipeline.artifacts.application import Done, built, check_out, located
 from pipeline.artifacts.checkpoints import Checkpoint
 from pipeline.artifacts.streaming import Streamed
 from pipeline.deltas import algebra
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.overlap import overlap
 from pipeline.errors import ParamsError
-from pipeline.tasks.saved import load_model
 
 _SHOWN = 12  # tensors of the report's table, those that share most
 
@@ -116,7 +115,7 @@ def _base(source: str, path: Path | None, lead: Delta) -> nn.Module | Mapping[st
         view = Streamed(Checkpoint.open(path), lead)
         if not view.lacking or view.checkpoint.alone:
             return view
-    return load_model(source, info=lead.info)
+    return built(source, lead)
 
 
 def _buffers(text: str) -> int | str:

@@ -7,7 +7,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.artifacts import application
-from pipeline.artifacts.application import Done, check_out, located
+from pipeline.artifacts.application import Done, built, check_out, located
 from pipeline.artifacts.checkpoints import Checkpoint
 from pipeline.artifacts.streaming import Streamed
 from pipeline.atomic_folder import replace_folder
@@ -15,7 +15,6 @@ from pipeline.deltas import adapter, exports
 from pipeline.deltas.delta import Delta
 from pipeline.errors import ParamsError
 from pipeline.files import write_bytes, write_json
-from pipeline.tasks.saved import load_model
 
 FORMATS = ("dense", "peft", "git-theta", "vllm")
 
@@ -59,7 +58,7 @@ def export(delta_file: Path, base: str, to: str, out: Path, *, whole: bool = Fal
 def _adapter(delta: Delta, base: str, path: Path | None, out: Path, whole: bool) -> Done:
     if path is not None and not path.is_dir():
         raise ParamsError(f"{base}: is a file; a PEFT adapter needs the model's modules, name its folder")
-    made = adapter.adapter_of(delta, load_model(base, info=delta.info), whole=whole, source=base)
+    made = adapter.adapter_of(delta, built(base, delta), whole=whole, source=base)
     data = save(made.tensors, {"format": "pt"})
     with replace_folder(out) as folder:
         write_json(folder / adapter.CONFIG, made.config)
@@ -75,7 +74,7 @@ def _adapter(delta: Delta, base: str, path: Path | None, out: Path, whole: bool)
 def _tensors(delta: Delta, base: str, path: Path | None) -> tuple[Mapping[str, Tensor], Callable[[str], str]]:
     """The base's tensors by the module's names, and how to name them as its checkpoint does."""
     if path is None:
-        return load_model(base, info=delta.info).state_dict(), str
+        return built(base, delta).state_dict(), str
     view = Streamed(Checkpoint.open(path), delta)
     entries = view.checkpoint.entries
     return view, lambda name: entries[name].key if name in entries else name

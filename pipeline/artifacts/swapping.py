@@ -13,16 +13,15 @@ from rich.table import Column, Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.artifacts.application import located
+from pipeline.artifacts.application import built, located
 from pipeline.artifacts.checkpoints import Checkpoint
 from pipeline.artifacts.streaming import Streamed
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.target import Model, Target, persistent_buffers
 from pipeline.deltas.variants import Variants
 from pipeline.errors import MismatchError, ParamsError
-from pipeline.parameters import digest_of_digests, tensor_digest, unwrapped
+from pipeline.parameters import digest_of_digests, tensor_digest
 from pipeline.progress import ProgressLine
-from pipeline.tasks.saved import load_model
 
 
 def rehearse(files: Sequence[Path], base: str, *, rounds: int = 10) -> dict[str, Any]:
@@ -124,11 +123,7 @@ def _loaded(base: str, lead: Delta) -> Model:
             return {name: view[name].clone() for name in view}
         if view.checkpoint.alone:
             raise MismatchError(f"{base}: lacks tensor '{view.lacking[0]}' of the delta; name the base's folder")
-    model = load_model(base, info=lead.info)
-    for name, parameter in unwrapped(model).named_parameters():
-        if name in lead.layout.parameters:
-            parameter.data = parameter.data.to(lead.layout.parameters[name][0])
-    return model
+    return built(base, lead)
 
 
 def _tensors(model: Model, lead: Delta) -> dict[str, Tensor]:
