@@ -104,7 +104,7 @@ def revert(delta_file: Path, tuned: str, out: Path, base: str | None, *, force: 
     path, base_path = located(tuned), None if base is None else located(base)
     check_out(out, [delta_file, path, base_path], force=force, folder=path is None or not _alone(path))
     view = None if path is None else Streamed(Checkpoint.open(path), delta)
-    if view is None or (view.lacking and _buildable(view, delta)):
+    if view is None or (not set(view.lacking) <= set(delta.whole) and _buildable(view, delta)):
         model = built(tuned, delta)
         if base is not None:
             delta = delta.with_base(built(base, delta))
