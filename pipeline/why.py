@@ -11,6 +11,9 @@ from pipeline.errors import ParamsError, unknown
 from pipeline.workspace import Workspace
 from pipeline.yaml_files import read_yaml
 
+_STAGES = ("train", "checkpoint", "distribute")
+"""Those that give scores; a name that several have means the first's, or stands behind ``STAGE/``."""
+
 
 def print_why(name: str, as_json: bool) -> None:
     """Trace a cell's number to its artifacts, its MLflow runs and the commit that recorded it.
@@ -19,23 +22,28 @@ def print_why(name: str, as_json: bool) -> None:
         ParamsError: if no metrics of that cell are there; names the closest cell.
     """
     here = Workspace.here()
-    known = {file.stem: file for file in (here.root / "metrics" / "train").glob("*.json")}
+    files = [file for stage in _STAGES for file in (here.root / "metrics" / stage).glob("*.json")]
+    known = {file.stem: file for file in reversed(files)} | {f"{f.parent.name}/{f.stem}": f for f in files}
     if name not in known:
-        raise ParamsError(f"metrics/train: unknown cell {unknown(name, known)}")
+        raise ParamsError(f"metrics of {', '.join(_STAGES)}: unknown cell {unknown(name, known)}")
+    stage, cell = known[name].parent.name, known[name].stem
     metrics = json.loads(known[name].read_text())
     scores = [seed["metric"] for seed in metrics["seeds"].values()]
     finite = [score for score in scores if score is not None]
     facts: dict[str, Any] = {
-        "cell": name,
+        "stage": stage,
+        "cell": cell,
         metrics["metric"]: scores,
         "mean": statistics.mean(finite) if finite else None,
         "params": metrics["params"],
         "data": metrics["data"],
-        "masks": {seed: value["mask_digest"] for seed, value in metrics["seeds"].items()},
-        "deltas": {seed: value.get("delta_digest") for seed, value in metrics["seeds"].items()},
-        "dvc": dict(_locked_outs(here.root, name)),
+        "masks": {s: value["mask_digest"] for s, value in metrics["seeds"].items() if "mask_digest" in value},
+        "deltas": {
+            seed: value.get("delta_digest", value.get("state_digest")) for seed, value in metrics["seeds"].items()
+        },
+        "dvc": dict(_locked_outs(here.root, stage, cell)),
         "commit": _git(here.root, "log", "-1", "--format=%h %s", "--", str(known[name])) or "not committed",
-        "mlflow": _runs(here, name),
+        "mlflow": _runs(here, stage, cell),
     }
     if as_json:
         print(json.dumps(facts))
@@ -55,18 +63,20 @@ def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{key:<{width}}  {text}"
 
 
-def _runs(here: Workspace, name: str) -> list[str]:
+def _runs(here: Workspace, stage: str, name: str) -> list[str]:
     from pipeline.tracking import runs_of
 
-    return runs_of(here.home, {"stage": "train", "cell": name})
+    return runs_of(here.home, {"stage": stage, "cell": name})
 
 
-def _locked_outs(root: Path, name: str) -> Iterator[tuple[str, str]]:
+def _locked_outs(root: Path, stage: str, name: str) -> Iterator[tuple[str, str]]:
     lock = root / "dvc.lock"
     if lock.is_file():
-        for stage in read_yaml(lock).get("stages", {}).values():
-            for out in stage.get("outs", []):
-                if name in Path(out["path"]).parts:
+        wanted = {"mask", stage} if stage == "train" else {stage}
+        for locked in read_yaml(lock).get("stages", {}).values():
+            for out in locked.get("outs", []):
+                path = Path(out["path"])
+                if name in path.parts and wanted & set(path.parts):
                     yield out["path"], out["md5"]
 
 

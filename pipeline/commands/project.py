@@ -32,7 +32,8 @@ def ui(
 
 @app.command(rich_help_panel=PANEL)
 def why(
-    cell: Annotated[str, typer.Argument(help="A cell such as words-fish-main.")], as_json: AsJson = False
+    cell: Annotated[str, typer.Argument(help="A cell such as words-fish-main, or STAGE/CELL.")],
+    as_json: AsJson = False,
 ) -> None:
     """Trace a number: cell, seeds, artifact hashes, MLflow run, commit."""
     from pipeline.why import print_why

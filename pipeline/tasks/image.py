@@ -4,27 +4,32 @@ Shape legend: N images of a split, B of a batch, C channels, H rows, W columns.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from pipeline.tasks.draws import Rows
 
+if TYPE_CHECKING:  # batches are made where there is no pyarrow too (benchmarks/table4.py)
+    import pyarrow as pa
 
-def pixel_column(pixels_NCHW: np.ndarray) -> pa.Array:
+
+def pixel_column(pixels_NCHW: np.ndarray) -> "pa.Array":
     """Pack images for storage.
 
     Returns:
         Fixed-size binary [N], row-major C, H, W.
     """
+    import pyarrow as pa
+
     size = int(np.prod(pixels_NCHW.shape[1:]))
     data = pa.py_buffer(np.ascontiguousarray(pixels_NCHW, dtype=np.uint8).tobytes())
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(pixels_NCHW), [None, data])
 
 
-def pixel_array(column: pa.Array, shape: tuple[int, ...]) -> np.ndarray:
+def pixel_array(column: "pa.Array", shape: tuple[int, ...]) -> np.ndarray:
     """Unpack what ``pixel_column`` packed.
 
     Returns:

@@ -1,0 +1,227 @@
+"""Rows of Table 4 on CIFAR-10 in one process, everything on the device; needs no DVC, MLflow or pyarrow.
+
+    python -m benchmarks.table4 --pack artifacts/fetch/cifar10 --data cifar10.npz      # where the data was fetched
+    python -m benchmarks.table4 --data cifar10.npz --device cuda --rows dense fish:0.005:fixed fish:0.005:1
+
+A row is ``METHOD[:DENSITY[:MASK[:leak]]]``, the mask ``fixed`` or the epochs between two. Each row's rate is the
+best of ``--rates`` after ``--tune-epochs`` on a fifth of train held out, unless one rate is given. Every epoch's
+checkpoint is a step of a chain, restored and compared bit for bit, as in the stage. Rows are appended to the
+table as they end, so that a run that is cut off leaves those it finished.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.rounds import header, publish, table
+from pipeline.deltas.chain import Chain
+from pipeline.deltas.target import same_bits
+from pipeline.errors import DivergedError
+from pipeline.fisher import fisher_diagonal
+from pipeline.masks.mask import Mask
+from pipeline.masks.select import dense, random
+from pipeline.parameters import ParameterIndex
+from pipeline.tasks import cifar
+from pipeline.tasks.batches import Batches, cut, shuffled
+from pipeline.tasks.draws import Rows, permutation
+from pipeline.tasks.image import ImageSplit, statistics
+from pipeline.tasks.resnet import build
+from pipeline.training.device import Device, choose_device
+from pipeline.training.leak import LeakyParameters
+from pipeline.training.loop import fit
+from pipeline.training.masked import MaskedParameters
+from pipeline.training.recipe import Recipe
+
+HEAD, WIDE = ["fc"], 2048
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: what is trained, and how its mask is chosen."""
+
+    method: str
+    density: float = 1.0
+    every: int | None = None
+    leak: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> "Row":
+        """Read ``fish:0.005:fixed`` and the like."""
+        parts = text.split(":")
+        method, density, mask, leak = parts + ["", "1", "fixed", ""][len(parts) :]
+        return cls(method, float(density), None if mask == "fixed" else int(mask), leak == "leak")
+
+
+class Bench:
+    """The data on the device, and what is done with it."""
+
+    def __init__(self, file: Path, model: str, batch: int, examples: int, device: Device) -> None:
+        with np.load(file, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in ("train_x", "train_y", "test_x", "test_y")}
+        mean, std = statistics(arrays["train_x"])
+        self.train, self.test = (
+            ImageSplit(arrays[f"{s}_x"], torch.from_numpy(arrays[f"{s}_y"]), mean, std) for s in ("train", "test")
+        )
+        self.sizes = {"train": len(arrays["train_x"]), "test": len(arrays["test_x"])}
+        held = self.sizes["train"] // 5
+        order = permutation(self.sizes["train"], 0, 0)
+        self.tune, self.rest = np.sort(order[:held]), np.sort(order[held:])
+        self.name, self.batch, self.examples, self.device = model, batch, examples, device
+
+    def model(self, seed: int) -> nn.Module:
+        """The base of a seed, on the device."""
+        return build(self.name, 3, 10, seed).to(self.device.device)
+
+    def mask(self, row: Row, model: nn.Module, rows: Rows, seed: int) -> Mask:
+        """Choose a row's mask on a model as it is, from some rows of train."""
+        if row.method == "dense":
+            return dense(ParameterIndex.of(model))
+        if row.method == "random":
+            return random(ParameterIndex.of(model), row.density, seed, HEAD)
+        drawn = rows[permutation(len(rows), seed, 3)][: self.examples]
+        batches = Batches(cut(drawn, 128), lambda _, group: self.train.batch(group, self.device.device))
+        return Mask.top_k(fisher_diagonal(model, batches, examples=len(drawn)), row.density, HEAD)
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module, split: ImageSplit, rows: Rows) -> dict[str, float]:
+        """Score a model in eval mode."""
+        right, place = torch.zeros((), device=self.device.device), self.device
+        for group in cut(rows, WIDE):
+            x, y = split.batch(group, place.device)
+            with torch.autocast(place.device.type, place.autocast, enabled=place.autocast is not None):
+                right += (model(x).argmax(1) == y).sum()
+        return {"accuracy": float(right) / len(rows)}
+
+    def run(
+        self, row: Row, lr: float, epochs: int, seed: int, folder: Path | None
+    ) -> tuple[float, float, list[Mapping[str, int]]]:
+        """Train a row: on all of train with checkpoints in a folder, or (None) on four fifths, scored on the rest.
+
+        Returns:
+            Accuracy after the last epoch, seconds of training, the bytes of each checkpoint.
+        """
+        place, model = self.device, self.model(seed)
+        rows = self.rest if folder is None else np.arange(self.sizes["train"])
+        judged = (self.train, self.tune) if folder is None else (self.test, np.arange(self.sizes["test"]))
+        chain = None if folder is None else Chain.create(folder / "chain", self.model(seed))
+        other, numbers = self.model(seed), list[Mapping[str, int]]()
+
+        def batches(epoch: int) -> Batches:
+            def make(position: int, group: Rows) -> tuple[Tensor, Tensor]:
+                drawn = int(np.random.SeedSequence((seed, epoch, position)).generate_state(1, np.uint64)[0] >> 1)
+                return self.train.batch(group, place.device, lambda x: cifar.augment(x, seed=drawn))
+
+            groups = shuffled(np.arange(len(rows)), self.batch, None, seed, epoch)
+            return Batches([rows[group] for group in groups], make)
+
+        def after(entry: Mapping[str, float], trained: nn.Module, mask: Mask) -> Mask | None:
+            epoch = int(entry["epoch"])
+            if chain is not None:
+                numbers.append(chain.append(trained, mask).nbytes)
+                chain.restore_(other)
+                mine, theirs = other.state_dict(), trained.state_dict()
+                if not all(same_bits(mine[name], theirs[name]) for name in mine):
+                    raise AssertionError(f"checkpoint {epoch} does not restore to what was trained")
+            due = row.every is not None and epoch % row.every == 0
+            return self.mask(row, trained, rows, seed * 1000 + epoch) if due else None
+
+        mask = self.mask(row, model, rows, seed)
+        recipe = Recipe(
+            epochs=epochs, lr=lr, optimizer="sgd", weight_decay=5e-4, schedule="piecewise",
+            warmup=min(5 / epochs, 0.5), seed=seed,
+        )  # fmt: skip
+        with (LeakyParameters if row.leak else MaskedParameters)(model, mask) as masked:
+            result = fit(
+                model, batches, masked=masked, recipe=recipe, device=place, after_epoch=after,
+                channels_last=place.device.type == "cuda", evaluate=lambda m: self.accuracy(m, *judged),
+            )  # fmt: skip
+        return result.history[-1]["accuracy"], result.seconds, numbers
+
+
+def best_rate(bench: Bench, row: Row, rates: list[float], epochs: int) -> float:
+    """Choose a row's rate on the held-out fifth of train; the lower one where two are equal."""
+    if len(rates) == 1:
+        return rates[0]
+    scores = {}
+    for rate in sorted(rates):
+        try:
+            scores[rate] = bench.run(row, rate, epochs, 0, None)[0]
+        except DivergedError:
+            scores[rate] = 0.0
+        print(f"  lr {rate:g}: {scores[rate]:.4f} on tune", flush=True)
+    return max(scores, key=lambda rate: scores[rate])
+
+
+def pack(folder: Path, file: Path) -> None:
+    """Write a fetched CIFAR-10 as one npz, for machines without pyarrow."""
+    import pyarrow.parquet as pq
+
+    from pipeline.tasks.image import pixel_array
+
+    arrays: dict[str, Any] = {}
+    for split in ("train", "test"):
+        columns = pq.read_table(folder / f"{split}.parquet").combine_chunks()
+        arrays[f"{split}_x"] = pixel_array(columns.column("pixels").chunk(0), (3, 32, 32))
+        arrays[f"{split}_y"] = columns.column("label").to_numpy().astype(np.int64)
+    np.savez(file, **arrays)
+
+
+def main() -> None:
+    """Pack the data, or train the rows and write the table after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--pack", type=Path)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", default="resnet34")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--examples", type=int, default=1024)
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.4, 0.2, 0.08, 0.04, 0.02])
+    parser.add_argument("--tune-epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rows", nargs="+", default=["dense", "fish:0.005:fixed", "fish:0.005:1"])
+    args = parser.parse_args()
+    if args.pack:
+        pack(args.pack, args.data)
+        return
+    torch.set_num_threads(args.threads)
+    bench = Bench(args.data, args.model, args.batch, args.examples, choose_device(args.device))
+    lines = []
+    for text in args.rows:
+        row = Row.of(text)
+        print(text, flush=True)
+        lr = best_rate(bench, row, args.rates, args.tune_epochs)
+        scores, begun = [], time.monotonic()
+        for seed in range(args.seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    score, seconds, numbers = bench.run(row, lr, args.epochs, seed, Path(folder))
+                except DivergedError as error:
+                    print(f"  {error}", flush=True)
+                    continue
+            scores.append(score)
+        told = "diverged" if not scores else f"{100 * np.mean(scores):.2f}"
+        told += f" ± {100 * np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
+        size = f"{np.mean([sum(n.values()) for n in numbers]) / 1e3:,.0f}" if scores else "–"
+        speed = f"{args.epochs * bench.sizes['train'] / seconds:,.0f}" if scores else "–"
+        lines.append([text, f"{lr:g}", str(len(scores)), told, size, speed, f"{time.monotonic() - begun:.0f}"])
+        title = f"Rows of Table 4: {args.model}, {args.epochs} epochs, {bench.sizes['train']:,} training images"
+        out = [
+            *header(title, args.device),
+            f"{bench.device.reason}. Test accuracy; each checkpoint restored exactly.",
+        ]
+        columns = ["row", "lr", "n", "accuracy, %", "kB a checkpoint", "images/s, all included", "s"]
+        publish(f"table4-{args.device}.md", [*out, "", *table(columns, lines)])
+
+
+if __name__ == "__main__":
+    main()
