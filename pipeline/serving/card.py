@@ -60,7 +60,7 @@ def front_matter(
         front["license"] = licence
     if tuned is None:
         return front
-    data, scores = tuned.data, tuned.scores.get(tuned.training.method, {})
+    data, scores = tuned.data, _judged(tuned.scores.get(tuned.training.method, {}))
     source = parse(data.train)
     if source.kind == "hub":
         front["datasets"] = [source.name]
@@ -119,13 +119,18 @@ def _about(delta: Delta, size: int) -> str:
 
 
 def _scores(tuned: Tuned) -> str:
-    metrics = list(dict.fromkeys(metric for found in tuned.scores.values() for metric in found))
+    metrics = list(dict.fromkeys(metric for found in tuned.scores.values() for metric in _judged(found)))
     lines = [f"| trained | {' | '.join(metrics)} |", "|---|" + "---:|" * len(metrics)]
     for method, found in tuned.scores.items():
         held = [f"{found[metric]:.4f}" if metric in found else "–" for metric in metrics]
         name = _NAMES.get(method, method) if method != tuned.training.method else f"**this delta** ({method})"
         lines.append(f"| {name} | {' | '.join(held)} |")
     return "## Scores\n\n" + "\n".join(lines) + "\n\nOn the validation rows after the last epoch, one seed."
+
+
+def _judged(scores: Mapping[str, float]) -> dict[str, float]:
+    """Those of the validation rows."""
+    return {name: value for name, value in scores.items() if not name.startswith("train_")}
 
 
 def _use(interface: Interface, tuned: Tuned | None) -> str:
