@@ -27,10 +27,10 @@ from pipeline.params import ModelParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.scoring import scores_for
 from pipeline.tasks.sharing import seed_of, shard_of
+from pipeline.training.halving import best_rate, halving
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.methods import mask_for
 from pipeline.training.schedule import make_schedule
-from stages.tune_lr import best_rate, next_rate
 
 WAYS = {"ddp": 1e-4, "local": 1e-4, "powersgd": 1e-4, "fish": 2e-3}
 """Contestant -> the rate at which its search starts."""
@@ -212,15 +212,17 @@ def tune(task: Task, setup: Setup, ways: list[str], seeds: list[int]) -> dict[st
     """
     found: dict[str, Any] = {}
     for way in ways:
-        means: dict[float, float] = {}
-        while (rate := next_rate(means, WAYS[way])) is not None:
-            scores = [run(way, task, setup, ("fit", "tune"), rate, seed, curve=False) for seed in seeds]
-            mean = [sum(s[-1]["accuracy"] for s in scores) / len(seeds) if dist.get_rank() == 0 else 0.0]
-            dist.broadcast_object_list(mean)
-            means[rate] = mean[0]
+
+        def score(rate: float, seed: int, way: str = way) -> float:
+            records = run(way, task, setup, ("fit", "tune"), rate, seed, curve=False)
+            accuracy = [records[-1]["accuracy"] if records else 0.0]
+            dist.broadcast_object_list(accuracy)
             if dist.get_rank() == 0:
-                print(f"tune {way} {rate:g}: {mean[0]:.4f}", flush=True)
-        found[way] = {"best": best_rate(means), "tried": {f"{r:g}": m for r, m in sorted(means.items())}}
+                print(f"tune {way} {rate:g} seed {seed}: {accuracy[0]:.4f}", flush=True)
+            return accuracy[0]
+
+        tried = halving(WAYS[way], 1, seeds, score)
+        found[way] = {"best": best_rate(tried), "tried": {f"{rate:g}": s for rate, s in tried.items()}}
     return found
 
 
