@@ -54,17 +54,18 @@ def alone(lock: Path, what: str) -> Iterator[None]:
         os.close(handle)
 
 
-def end_with_parent(*, grandparent: bool = True) -> None:
-    """Ask for SIGTERM when the parent, or (unless told otherwise) the parent's parent, ends.
+def end_with_parent(*, grandparent: bool = True, by: signal.Signals = signal.SIGTERM) -> None:
+    """Ask for a signal when the parent, or (unless told otherwise) the parent's parent, ends.
 
     DVC starts a stage through a shell, so both are watched: the kernel reports the parent's end (Linux), a
     thread the rest. Without this a killed ``dvc repro`` leaves its stage running and writing (TRAPS D4).
 
     Args:
         grandparent: watch the parent's parent too.
+        by: the signal; SIGKILL ends even a process that is stopped.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
     watched = slice(2 if grandparent else 1)
     ancestors = _ancestors()[watched]
 
@@ -72,7 +73,7 @@ def end_with_parent(*, grandparent: bool = True) -> None:
         pause = threading.Event()
         while not pause.wait(_PARENT_CHECK_SECONDS):
             if _ancestors()[watched] != ancestors:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), by)
                 return
 
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()

@@ -67,7 +67,7 @@ def _work(stage: Stage, wanted: DistributeParams, device: Device, world: Collect
     folders, first = stage.resumable(task.data_digest, device.reason), world.rank == 0
     names = [folder.name for folder in folders.values()]
     tags = {"data_digest": task.data_digest, "workers": str(world.size)}
-    with stage.held(fingerprint(cell=cell, seeds=names), **tags) if first else interruptible() as run:
+    with stage.held(fingerprint(cell=cell, seeds=names), beside=True, **tags) if first else interruptible() as run:
         stage.record(kind=task.kind, metric=metric, lr=recipe["lr"], data=task.summary())
         done = {s: world.largest("control", first and (f / "result.json").is_file()) for s, f in folders.items()}
         left, scores = [seed for seed in folders if not done[seed]], list[float]()

@@ -1,6 +1,7 @@
 """What every stage has in common: its params, its folders, its lock, its run in MLflow, its metrics file."""
 
 import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -85,18 +86,24 @@ class Stage:
         return self.workspace.out(Cell(stage, self.cell.task, *(getattr(self.cell, part) for part in by)))
 
     @contextlib.contextmanager
-    def held(self, fingerprint: str, **tags: str) -> Iterator[Run]:
+    def held(self, fingerprint: str, *, beside: bool = False, **tags: str) -> Iterator[Run]:
         """Own the cell: lock it, open its MLflow run, and at the end put its outputs and metrics in place.
 
         Args:
             fingerprint: identifies the inputs, so that a killed run is continued rather than repeated.
+            beside: whether runs of this cell that write to other folders may go on at the same time.
             tags: more identity for MLflow, such as the data's digest.
 
         Yields:
             The cell's run in MLflow.
         """
         cell = self.cell
-        with interruptible(), alone(self.workspace.lock(cell), f"{cell.stage} {cell.name}"):
+        lock = self.workspace.lock(cell)
+        if beside and self._private:
+            lock = lock.with_stem(
+                f"{lock.stem}-{hashlib.blake2b(str(self.out).encode(), digest_size=6).hexdigest()}"
+            )
+        with interruptible(), alone(lock, f"{cell.stage} {cell.name}"):
             _make_empty(self.work)
             started = time.monotonic()
             tracker = Tracker.open(experiment(self._params.profile), enabled=self._track)
@@ -125,6 +132,7 @@ class Stage:
             seed -> folder, whose name is the fingerprint.
         """
         inputs = {"settings": self.settings, "data": data, "device": device, "code": code_digest()}
+        inputs |= {"out": str(self.out)} if self._private else {}  # runs into several folders may go on at once
         keys = {seed: fingerprint(**inputs, cell=self.cell, seed=seed) for seed in self.seeds}
         return {seed: self.workspace.resume(self.cell.stage, key) for seed, key in keys.items()}
 

@@ -103,9 +103,11 @@ def distribute(
     task: Task,
     method: Method = "fish",
     setting: Annotated[str, typer.Option("--setting", help="A name below distribute in params.yaml.")] = "main",
-    workers: Annotated[int | None, typer.Option("--workers", "-w", min=1, help="Processes; needs --out.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-w", min=1, help="Processes. [the setting's]")
+    ] = None,
     every: Annotated[
-        int | None, typer.Option("--every", min=0, help="Local steps between merges, 0 for none; needs --out.")
+        int | None, typer.Option("--every", min=0, help="Local steps between merges, 0 for none. [the setting's]")
     ] = None,
     seed: Seed = None,
     out: Out = None,
@@ -117,11 +119,23 @@ def distribute(
     ] = False,
     mlflow: Track = True,
 ) -> None:
-    """Train one cell on several workers that exchange what the mask covers."""
+    """Train one cell on several workers that exchange what the mask covers.
+
+    With other workers or local steps than the setting has, it writes beside the pipeline's results, unless --out
+    says where.
+    """
+    from pipeline.params import Params
+    from pipeline.workspace import Cell, Workspace
     from stages import distribute as module
 
+    workspace = Workspace.here()
+    own = Params.load(workspace.root / "params.yaml").at(f"distribute.{setting}")
     chosen = {"workers": workers, "every": every}
-    sets = [f"distribute.{setting}.{key}={value}" for key, value in chosen.items() if value is not None]
+    chosen = {key: value for key, value in chosen.items() if value not in (None, getattr(own, key))}
+    if chosen and out is None and not set_:
+        name = "-".join([setting, *(f"{key}-{value}" for key, value in chosen.items())])
+        out = workspace.out(Cell("distribute", task, method, name))
+    sets = [f"distribute.{setting}.{key}={value}" for key, value in chosen.items()]
     work = partial(module.run, timeout=timeout, restarts=restarts, debug=debug)
     run_stage(work, ("distribute", task, method, setting), seed, out, [*(set_ or []), *sets], mlflow)
 

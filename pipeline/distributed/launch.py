@@ -119,7 +119,7 @@ def joined(timeout: float = TIMEOUT, *, cuda: bool = False, grace: float = GRACE
     Raises:
         WorkerError: if the workers do not find each other.
     """
-    end_with_parent(grandparent=False)
+    end_with_parent(grandparent=False, by=signal.SIGKILL)  # its state is that of the last save, at any moment
     _kill_late(grace)
     own = cuda and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if own:

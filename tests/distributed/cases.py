@@ -148,7 +148,7 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
-    handed = count_bytes(collectives.dist, size)
+    handed = count_bytes(collectives.dist)
     for name, case in CASES.items():
         before = sum(handed)
         result = work(case, rank)
@@ -169,21 +169,16 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def count_bytes(dist, size: int) -> list[int]:
+def count_bytes(dist) -> list[int]:
     """Watch what is really handed to torch.distributed for other ranks, per call."""
     handed: list[int] = []
+    original = dist.batch_isend_irecv
 
-    def watch(name: str, share: Callable[[int], int]) -> None:
-        original = getattr(dist, name, None)
-        if original is not None:
+    def watched(steps):
+        handed.append(sum(s.tensor.numel() * s.tensor.element_size() for s in steps if s.op is dist.isend))
+        return original(steps)
 
-            def watched(received, sent, group=None):
-                handed.append(share(sent.numel() * sent.element_size()))
-                return original(received, sent, group=group)
-
-            setattr(dist, name, watched)
-
-    watch("all_to_all_single", lambda total: total * (size - 1) // size)  # one of W parts stays here
+    dist.batch_isend_irecv = watched
     return handed
 
 
