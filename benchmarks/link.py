@@ -121,7 +121,9 @@ def linked(mbit: float | None = None, delay_ms: float = 0.0) -> Iterator[tuple[E
 def _delaying(wire: str, delay_ms: float) -> subprocess.Popen[str]:
     """Start the process that holds packets, and send the packets of both ends its way."""
     process = subprocess.Popen(
-        ["ip", "netns", "exec", wire, sys.executable, __file__, str(delay_ms)], stdout=subprocess.PIPE, text=True
+        ["ip", "netns", "exec", wire, sys.executable, "-m", "benchmarks.link", str(delay_ms)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     if process.stdout.readline() != "up\n":
@@ -136,6 +138,7 @@ def _delaying(wire: str, delay_ms: float) -> subprocess.Popen[str]:
 
 def _hold(delay_s: float) -> None:
     """Pass every packet on, so much later."""
+    end_with_parent(grandparent=False)
     tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH", b"hold", _IFF_TUN_NO_PI))
     print("up", flush=True)

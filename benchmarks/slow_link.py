@@ -28,6 +28,7 @@ from benchmarks.link import End, linked, missing
 from benchmarks.rounds import RESULTS, publish
 from benchmarks.slow_link_figure import draw, rows_of
 from benchmarks.slow_link_worker import WAYS, Setup
+from pipeline.process import interruptible
 
 PORT = 29400
 
@@ -69,7 +70,7 @@ def main() -> None:
             "tuning": tuning,
             "runs": [run for run in before["runs"] if run["way"] not in chosen.ways],
         }
-        with linked(chosen.mbit, chosen.delay_ms) as ends:
+        with interruptible(), linked(chosen.mbit, chosen.delay_ms) as ends:
             measure(ends, setup, document, chosen.ways, list(range(chosen.seeds)), kept)
     document = json.loads(kept.read_text())
     (RESULTS / "slow-link.svg").write_text(draw(document))

@@ -106,8 +106,9 @@ def prepare(way: str, task: Task, setup: Setup, split: str, rate: float, seed: i
     if way in ("ddp", "powersgd"):
         # BERT's buffers are constants. One bucket for PowerSGD: the rounds of several get mixed up on gloo, which
         # then fails.
+        # All workers load the same model: it need not be sent at the start.
         cap = {"bucket_cap_mb": 1024} if way == "powersgd" else {}
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, **cap)
+        wrapped = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False, **cap)
         if way == "powersgd":
             # torch's least start: warm start and error feedback need two ordinary steps before them
             state = PowerSGDState(process_group=None, matrix_approximation_rank=1, start_powerSGD_iter=2)
