@@ -8,6 +8,7 @@ SCRIPTS = {
     "step": ["--rounds", "5", "--threads", "1"],
     "masks": ["--rounds", "5"],
     "deltas": ["--rounds", "5"],
+    "reduction": ["--rounds", "5"],
 }
 
 
