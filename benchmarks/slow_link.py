@@ -171,6 +171,7 @@ def report(document: dict[str, Any]) -> list[str]:
         "feedback its first two steps send the whole gradient. Rates: "
         + ", ".join(f"{way} {found['best']:g}" for way, found in document["tuning"].items())
         + f", each the best of its search on a fifth of train. Target: {target:.0%}.",
+        *document.get("notes", []),
     ]
     return lines
 

@@ -1,6 +1,6 @@
 """A distributed run of `fit`, as torchrun starts it; ends with files that say what this rank holds.
 
-python -m runs FOLDER COURSE [FAULT RANK STEP]        FAULT: kill, hang, diverge; once in a folder
+python -m runs FOLDER COURSE [FAULT RANK STEP]        FAULT: kill, stop, hang, diverge; once in a folder
 """
 
 import json
@@ -101,6 +101,8 @@ def main() -> None:
         marker.touch()
         if fault[0] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if fault[0] == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if fault[0] == "hang":
             time.sleep(600)
         model.fc.weight.data.fill_(float("nan"))

@@ -58,6 +58,13 @@ def alive(folder, workers=2):
     return [pid for rank in range(workers) if runs(pid := (folder / f"pid-{rank}").read_text())]
 
 
+def struck(process, folder):
+    """Wait for the fault."""
+    while not (folder / "fault").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Uninterrupted runs of two courses, at the same time."""
@@ -107,6 +114,7 @@ def test_torchrun_restarts_from_the_last_merge(whole, tmp_path):
 
 def test_a_hung_worker_trips_the_timeout(tmp_path):
     process = start(tmp_path / "run", "plain", "hang", 1, 5)
+    struck(process, tmp_path / "run")
     started = time.monotonic()
     errors = ends(process)
     assert process.returncode == 9
@@ -116,10 +124,9 @@ def test_a_hung_worker_trips_the_timeout(tmp_path):
 
 
 def test_workers_end_with_their_launcher(tmp_path):
-    process = start(tmp_path / "run", "plain", "hang", 1, 5)
-    while not (tmp_path / "run" / "fault").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    """Also one that is stopped, which no other signal would end."""
+    process = start(tmp_path / "run", "plain", "stop", 1, 5)
+    struck(process, tmp_path / "run")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     deadline = time.monotonic() + 30
