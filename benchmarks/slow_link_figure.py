@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.rounds import spread, table
 from pipeline.reports.figures import drawing, finish
@@ -15,6 +15,10 @@ NAMES = {
     "ddp": ("DDP", "#555555", "o"),
 }
 """Contestant -> its name, colour and marker."""
+TICKS = {
+    "seconds": [10, 20, 30, 60, 120, 300, 600, 1200, 2400],
+    "bytes": [3e5, 1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 1e9, 3e9, 1e10],
+}
 
 
 def draw(document: dict[str, Any]) -> str:
@@ -25,7 +29,7 @@ def draw(document: dict[str, Any]) -> str:
     """
     target, link = document["target"], document["link"]
     with drawing(2, 5.2, 4.2) as (figure, panels):
-        for panel, key, unit in zip(panels, ("seconds", "bytes"), ("seconds", "bytes over the link"), strict=True):
+        for panel, key, unit in zip(panels, ("seconds", "bytes"), ("time", "bytes over the link"), strict=True):
             for way, (name, colour, marker) in NAMES.items():
                 runs = [run["records"] for run in document["runs"] if run["way"] == way]
                 if not runs:
@@ -39,26 +43,28 @@ def draw(document: dict[str, Any]) -> str:
                     [[r[key] for r in records] for records in runs],
                     [[100 * r["accuracy"] for r in records] for records in runs],
                 ))  # fmt: skip
-                panel.plot(xs, ys, color=colour, marker=marker, markersize=4, linewidth=2, label=name)
                 passed = [p[key] for records in runs if (p := passing(records, target)) is not None]
-                if len(passed) == len(runs):
-                    at = statistics.median(passed)
-                    panel.plot([at], [100 * target], "o", markersize=11, markerfacecolor="none", color=colour)
-                    panel.annotate(
-                        text(at, key), (at, 100 * target), xytext=(0, 9), textcoords="offset points", ha="center",
-                        fontsize=9, fontweight="bold", color=colour,
-                    )  # fmt: skip
+                at = statistics.median(passed) if len(passed) == len(runs) else None
+                label = f"{name}: {'not reached' if at is None else text(at, key)}"
+                panel.plot(xs, ys, color=colour, marker=marker, markersize=4, linewidth=2, label=label)
+                if at is not None:
+                    panel.plot([at], [100 * target], "o", markersize=12, markerfacecolor="none", color=colour)
             panel.axhline(100 * target, color="#333333", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(FixedLocator(TICKS[key]))
             panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _, key=key: text(x, key)))
-            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.xaxis.set_minor_locator(NullLocator())
             panel.set_xlabel(unit)
+            panel.legend(
+                loc="lower left" if key == "bytes" else "lower right", title=f"to {target:.0%}", fontsize=9,
+                bbox_to_anchor=(0.12, 0.0) if key == "bytes" else None,
+            )  # fmt: skip
         panels[0].set_ylabel(f"accuracy on {document['rows']['validation']} words, %")
         panels[0].set_title(f"Time over a {link['mbit']:g} Mbit/s link, {link['delay_ms']:g} ms each way")
         panels[1].set_title("Bytes over the same link")
-        panels[1].legend(loc="lower right", fontsize=9)
-        for panel in panels[1:]:
-            panel.sharey(panels[0])
+        for panel in panels:
+            lowest = min(100 * r["accuracy"] for run in document["runs"] for r in run["records"])
+            panel.set_ylim(bottom=lowest - 16)  # room for the legend
         said = [f"{NAMES[way][0]} {words(document, way)}" for way in NAMES if words(document, way)]
         return finish(
             figure, "slow-link", "Accuracy against seconds and bytes, two workers over a slow link",
@@ -127,7 +133,7 @@ def words(document: dict[str, Any], way: str) -> str:
 def text(value: float, key: str) -> str:
     """Write a number with its unit."""
     if key == "seconds":
-        return f"{value:.0f} s" if value < 100 else f"{value / 60:.1f} min".replace(".0 min", " min")
+        return f"{value:.0f} s" if value < 60 else f"{value / 60:.1f} min".replace(".0 min", " min")
     for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= size:
             return f"{value / size:.2g} {unit}" if value < 10 * size else f"{value / size:.0f} {unit}"
