@@ -23,7 +23,7 @@ from pipeline.deltas.origin import decode_
 from pipeline.deltas.target import dtype_name
 from pipeline.errors import MismatchError, ModelError, ParamsError
 from pipeline.tasks.saved import adapted_config, load_model, save_model
-from pipeline.tasks.sources import package_model, parse
+from pipeline.tasks.sources import ZOOS, package_model, parse
 
 CONFIG = "config.json"
 
@@ -129,7 +129,8 @@ def located(source: str) -> Path | None:
     """Find the files of a model source.
 
     Returns:
-        A safetensors file, an index or a folder; None for what is built or fetched (``builtin:``, a hub id).
+        A safetensors file, an index or a folder; None for what is built or fetched (``builtin:``,
+        ``torchvision:``, a hub id).
 
     Raises:
         ModelError: if a file or folder is named that is not there.
@@ -137,7 +138,8 @@ def located(source: str) -> Path | None:
     named = parse(source)
     if named.kind == "package":
         return package_model(named.name)
-    if named.kind == "builtin" or (named.kind == "hub" and Path(source).suffix not in {".safetensors", ".json"}):
+    file = Path(source).suffix in {".safetensors", ".json"}
+    if named.kind in ("builtin", *ZOOS) or (named.kind == "hub" and not file):
         return None
     path = Path(source).expanduser()
     if not path.exists():

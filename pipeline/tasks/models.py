@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from pipeline.errors import ModelError
-from pipeline.tasks import resnet
+from pipeline.tasks import resnet, zoo
 from pipeline.tasks.settings import ModelSettings
-from pipeline.tasks.sources import hub_error, package_model, parse, prepare_hub
+from pipeline.tasks.sources import ZOOS, hub_error, package_model, parse, prepare_hub
 
 _KEY = "model.source"
 AUTO = {"text": "SequenceClassification", "image": "ImageClassification", "causal": "CausalLM"}
@@ -53,6 +53,10 @@ def load_model(
         if kind != "image":
             raise ModelError(f"{_KEY}: '{model.source}' is for images; expected a pretrained text model")
         return resnet.build(source.name, channels, outputs, seed)
+    if source.kind in ZOOS:
+        if kind != "image":
+            raise ModelError(f"{_KEY}: '{model.source}' is for images; expected a pretrained text model")
+        return zoo.load(source, outputs, seed)
     path = located(model)
     if Path(path).is_dir():
         _check_folder(Path(path))
@@ -113,7 +117,7 @@ def load_tokenizer(model: ModelSettings) -> Any:
     Raises:
         ModelError: if there is none to be had.
     """
-    if parse(model.source).kind == "builtin":
+    if parse(model.source).kind in ("builtin", *ZOOS):
         raise ModelError(f"{_KEY}: '{model.source}' is for images; expected a pretrained text model")
     path = located(model)
     with _hub_library(model, "a tokenizer"):

@@ -13,7 +13,7 @@ from pipeline.tasks import demo
 from pipeline.tasks.folders import SPLITS, SplitFiles, find_splits
 from pipeline.tasks.published import Published, lookup
 from pipeline.tasks.settings import DataSettings
-from pipeline.tasks.sources import Source, data_folder, hub_error, parse, prepare_hub
+from pipeline.tasks.sources import ZOOS, Source, data_folder, hub_error, parse, prepare_hub
 from pipeline.tasks.tables import read_table
 
 
@@ -104,9 +104,9 @@ def read_raw(task: str, data: DataSettings, files: Mapping[str, Path | str] | No
         return RawData(_read_files(found, text, None), None, licence)
     if source.kind == "package":
         return _read_package(task, source)
-    if source.kind == "builtin":
+    if source.kind in ("builtin", *ZOOS):
         raise DataError(
-            f"tasks.{task}.data.source: 'builtin:' names models; expected package:, a hub id or a folder"
+            f"tasks.{task}.data.source: '{source.kind}:' names models; expected package:, a hub id or a folder"
         )
     folder = data_folder(task, source)
     if folder is None:

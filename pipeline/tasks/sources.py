@@ -1,6 +1,7 @@
 """Where data and models are named: one reading of ``source`` for both.
 
-``package:NAME`` (an installed package), ``builtin:NAME`` (a model of this project), ``owner/name`` or
+``package:NAME`` (an installed package), ``builtin:NAME`` (a model of this project), ``torchvision:NAME@FILE`` and
+``timm:NAME@FILE`` (an image classifier of that library, its weights in a file), ``owner/name`` or
 ``owner/name:config`` (the Hugging Face hub), anything else a folder. A folder that exists wins over a hub id.
 """
 
@@ -16,6 +17,8 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import DataError, FishmaskError, ModelError
 
+ZOOS = ("torchvision", "timm")
+"""Libraries whose image classifiers are named by ``LIBRARY:NAME@FILE``."""
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<config>[\w.-]+))?")
 
 
@@ -24,9 +27,9 @@ class Source:
     """A parsed ``source``.
 
     Attributes:
-        kind: ``package``, ``builtin``, ``hub`` or ``folder``.
-        name: the package, the builtin's name, the hub id, or the folder as it was written.
-        config: the hub id's configuration, where one was given.
+        kind: ``package``, ``builtin``, ``torchvision``, ``timm``, ``hub`` or ``folder``.
+        name: the package, the model's name, the hub id, or the folder as it was written.
+        config: the hub id's configuration or the model's file, where one was given.
     """
 
     kind: str
@@ -43,6 +46,10 @@ def parse(text: str) -> Source:
     for kind in ("package", "builtin"):
         if text.startswith(kind + ":"):
             return Source(kind, text.removeprefix(kind + ":"))
+    for kind in ZOOS:
+        if text.startswith(kind + ":"):
+            name, _, file = text.removeprefix(kind + ":").partition("@")
+            return Source(kind, name, file or None)
     if not Path(text).expanduser().exists() and (match := _HUB.fullmatch(text)):
         return Source("hub", match["name"], match["config"])
     return Source("folder", text)

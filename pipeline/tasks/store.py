@@ -79,8 +79,8 @@ def table_digest(table: pa.Table) -> str:
         # parquet renames the field inside a list, so its type is spelt out here
         kind = f"list of {column.type.value_type}" if pa.types.is_list(column.type) else str(column.type)
         state.update(f"{name} {kind} {len(column)}\n".encode())
-        if pa.types.is_string(column.type):
-            texts = [text.encode() for text in column.to_pylist()]
+        if pa.types.is_string(column.type) or pa.types.is_binary(column.type):
+            texts = [text.encode() if isinstance(text, str) else text for text in column.to_pylist()]
             state.update(np.array([len(text) for text in texts], dtype="<i8").tobytes() + b"".join(texts))
         elif pa.types.is_list(column.type):
             state.update(np.diff(values_of(column.offsets)).astype("<i8").tobytes())

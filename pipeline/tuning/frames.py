@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.params import ModelParams
 from pipeline.tasks.models import located
-from pipeline.tasks.sources import parse
+from pipeline.tasks.sources import ZOOS, parse
 from pipeline.tuning.pictures import Frame
 
 _USUAL = 224
@@ -29,7 +29,7 @@ def frame_of(model: ModelParams, size: int | None) -> Frame:
     frame = Frame(3, _USUAL, _USUAL)
     if source.kind == "builtin":
         frame = _BUILTIN.get(source.name, Frame(3, 32, 32))
-    elif source.kind not in ("torchvision", "timm") and Path(path := located(model)).is_dir():
+    elif source.kind not in ZOOS and Path(path := located(model)).is_dir():
         for name in _FILES:
             frame = _said(Path(path) / name, frame)
     return frame if size is None else Frame(frame.channels, size, size)

@@ -1,10 +1,11 @@
 """`fishmask tune` from a file to a folder: what it makes, that it is exact, and that a stopped run ends alike."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,39 +97,41 @@ def test_long_texts_are_cut_at_what_the_model_takes_and_said(tmp_path, bert, wri
     assert all(line in capsys.readouterr().err for line in cut[:1])
 
 
-COMMAND = [sys.executable, "-m", "pipeline.cli", "tune"]
-ARGUMENTS = ["--train", "reviews.csv", "--density", "0.1", "--batch-size", "4", "--epochs", "12", "--threads", "1"]
+def test_a_stopped_or_killed_run_ends_with_the_same_bytes(tmp_path, bert, write_csv, reviews):
+    write_csv("reviews.csv", ["movie snippet", "verdict"], reviews(120))
+    arguments = ["--model", str(bert), "--train", "reviews.csv", "--density", "0.1", "--epochs", "40"]
+    arguments += ["--batch-size", "4", "--threads", "1", "--no-mlflow", "--out", "out"]
+    process = start(arguments, "head: 1/", signal.SIGINT)
+    assert process.returncode == 143
+    assert process.said[-1].rstrip().endswith("to go on: fishmask tune --resume --out out")
+    assert not Path("out").exists()
+    asked = Asked(
+        model=str(bert), train="reviews.csv", density=0.1, epochs=40, batch_size=4, threads=1,
+    )  # fmt: skip
+    with pytest.raises(ParamsError, match="an unfinished run is there; add --resume to go on"):
+        tune(asked, Path("out"), track=False)
+    with pytest.raises(ParamsError, match=r"--density is 0.2, the unfinished run of out has 0.1; leave it out"):
+        tune(Asked(density=0.2), Path("out"), track=False, resume=True)
+    assert start(["--resume", "--out", "out", "--no-mlflow"], "fish: ", signal.SIGKILL).returncode == -9
+    tune(Asked(), Path("out"), track=False, resume=True)
+    resumed = files(Path("out"))
+    shutil.rmtree("out")
+    tune(asked, Path("out"), track=False)
+    assert files(Path("out")) == resumed
 
 
-def test_a_stopped_or_killed_run_ends_with_the_same_bytes(tmp_path, asked, bert):
-    arguments = [*COMMAND, "--model", str(bert), *ARGUMENTS, "--no-mlflow"]
-    whole = subprocess.run([*arguments, "--out", "out"], capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    expected = files(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "whole")
-    arguments += ["--out", "out"]
-    for number, stop in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGTERM)):
-        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if ("head: 1/" if number == 0 else "fish: ") in line and "trying" not in line:
-                break
-        time.sleep(0.2 * number)
-        process.send_signal(stop)
-        lines += process.communicate()[1].splitlines(keepends=True)
-        assert process.returncode == {signal.SIGKILL: -9}.get(stop, 143), "".join(lines)
-        if stop != signal.SIGKILL:
-            assert lines[-1].rstrip().endswith("to go on: fishmask tune --resume --out out")
-        assert not (tmp_path / "out").exists()
-        if number == 0:
-            again = subprocess.run(arguments, capture_output=True, text=True)
-            assert again.returncode == 2 and "an unfinished run is there; add --resume" in again.stderr
-            arguments.append("--resume")
-    done = subprocess.run([*COMMAND, "--resume", "--out", "out", "--no-mlflow"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "out") == expected
-    assert done.stdout == whole.stdout or "load_tuned" in done.stdout
+def start(arguments, until, stop):
+    """Start the command and send it a signal once it has said something of the real training."""
+    command = [sys.executable, "-m", "pipeline.cli", "tune", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process.said = []
+    for line in process.stderr:
+        process.said.append(line)
+        if until in line and "trying" not in line:
+            process.send_signal(stop)
+            break
+    process.said += process.communicate()[1].splitlines()
+    return process
 
 
 def test_a_run_lands_in_mlflow_and_can_be_kept_out_of_it(tmp_path, asked):
@@ -160,7 +163,7 @@ def test_a_budget_decides_the_epochs(tmp_path, asked, write_csv, reviews, capsys
         ({"budget": "1m"}, "--epochs and --budget: one of them decides"),
         ({"metric": "acuracy"}, "metric: 'acuracy' is unknown"),
         ({"metric": "pearson"}, "column 'verdict' holds no numbers; regression needs them"),
-        ({"density": 0.0001}, "the head (classifier: 66 parameters) is larger than the budget"),
+        ({"density": 0.001}, "the head (classifier: 66 parameters) is larger than the budget"),
     ],
 )
 def test_bad_options_are_refused_in_one_line_and_leave_nothing(tmp_path, asked, changes, line):
