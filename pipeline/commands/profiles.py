@@ -1,13 +1,14 @@
-"""`fishmask profile list|show|use`: the profiles of params.yaml."""
+"""`fishmask profile list|show|use|new`: the profiles of params.yaml."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipeline.commands.options import AsJson
 
-app = typer.Typer(help="List, show or switch the profiles of params.yaml.", no_args_is_help=True)
+app = typer.Typer(help="List, show, switch or make the profiles of params.yaml.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -41,3 +42,14 @@ def profile_use(
 
     profiles.switch(name, force=force)
     print(f"params.yaml is now the '{name}' profile")
+
+
+@app.command("new")
+def profile_new(
+    from_tune: Annotated[Path, typer.Option("--from-tune", help="A folder that `fishmask tune --out` wrote.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that was edited.")] = False,
+) -> None:
+    """Make a tuned folder the project's params.yaml: the same run through DVC, with the same result."""
+    from pipeline.tuning.project import new_profile
+
+    print(new_profile(from_tune, force=force))

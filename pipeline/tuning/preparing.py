@@ -1,5 +1,6 @@
 """From the options to a plan: read the data, clean and tokenise it, find the head."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def prepared_plan(asked: Asked, folder: Path, out: Path, say: Callable[[str], No
     if choice.kind != "image" and model.max_length is None:
         model = model.model_copy(update={"max_length": longest_text(model)})
     metric = _metric(asked, choice, own)
-    name = asked.name or out.name.replace(" ", "-") or "tuned"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", asked.name or out.resolve().name).strip("-") or "tuned"
     data = folder / "data"
     data.mkdir(parents=True)
     notes = []

@@ -99,7 +99,9 @@ class Trainer:
             if not self.plan.task.head:  # a language model answers before it is tuned
                 results = {"base": self._untuned()} | results
             metric = plan.task.metric
-            run.log({m: r["epochs"][-1][metric] for m, r in results.items() if r.get("epochs")}, step=0)
+            run.log(
+                {f"{metric}.{m}": r["epochs"][-1][metric] for m, r in results.items() if r.get("epochs")}, step=0
+            )
             run.table(
                 [{"method": m} | entry for m, r in results.items() for entry in r.get("epochs", [])], "epochs"
             )

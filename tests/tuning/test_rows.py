@@ -175,6 +175,18 @@ def test_a_folder_of_splits_brings_its_validation(tmp_path, write_csv, reviews):
     assert (len(kept["train"]), len(kept["validation"])) == (20, 6)
 
 
+def test_a_hub_id_brings_its_columns_and_names(tmp_path, monkeypatch):
+    (tmp_path / "glue" / "mrpc").mkdir(parents=True)
+    for split, rows in (("train", 12), ("validation", 4)):
+        rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "label": i % 2, "idx": i} for i in range(rows)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "glue" / "mrpc" / f"{split}.parquet")
+    monkeypatch.setenv("FISHMASK_DATA", str(tmp_path / "glue"))
+    choice, classes, kept, _ = made(tmp_path, "nyu-mll/glue:mrpc")
+    assert choice.text == ("sentence1", "sentence2") and choice.label == "label"
+    assert classes == ["not_equivalent", "equivalent"]
+    assert [row["label"] for row in kept["validation"]] == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("lines", "options", "error", "line"),
     [

@@ -134,6 +134,29 @@ def start(arguments, until, stop):
     return process
 
 
+def test_little_memory_gives_the_same_model_and_is_said(tmp_path, asked, monkeypatch, capsys):
+    from transformers import BertForSequenceClassification
+
+    asked = Asked(**vars(asked) | {"epochs": 1})
+    whole = tune(asked, tmp_path / "whole", track=False).tuned
+    forward, most = BertForSequenceClassification.forward, 5
+
+    def small(self, input_ids=None, **rest):
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, input_ids=input_ids, **rest)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", small)
+    tuned = tune(asked, tmp_path / "out", track=False).tuned
+    said = capsys.readouterr().err
+    for what in ("micro-batches of 4 examples instead of 8", "scoring batches of 4", "evaluation batches of 4"):
+        assert f"out of memory: {what}" in said
+    assert tuned.scores["fish"]["loss"] == pytest.approx(whole.scores["fish"]["loss"], abs=0.05)
+    # The loss differs by the dropout that smaller batches draw, the mask not at all.
+    masks = [Delta.load(tmp_path / name / "delta.safetensors").mask.digest for name in ("whole", "out")]
+    assert masks[0] == masks[1]
+
+
 def test_a_run_lands_in_mlflow_and_can_be_kept_out_of_it(tmp_path, asked):
     from pipeline.tracking import runs_of
 
