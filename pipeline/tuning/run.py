@@ -7,6 +7,7 @@ with the same bytes: what is settled is kept, and ``fit`` goes on from its saved
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pipeline.tuning.recorded import recorded
 from pipeline.workspace import VERSION, code_digest
 
 EXPERIMENT = "fishmask-tune"
+_FEW = 128  # examples scored for a search of rates, where the mask need not be the final one
 
 
 @dataclass
@@ -107,12 +109,11 @@ class Trainer:
             )
         return results
 
-    def mask(self, method: str, split: str = "train", model: nn.Module | None = None) -> Mask:
-        """Choose what a method trains, from the base as the seed draws it."""
+    def mask(self, method: str, model: nn.Module, split: str = "train", examples: int | None = None) -> Mask:
+        """Choose what a method trains of the base, by all the examples that are scored or by fewer."""
         settings = self.plan.task
-        model = model if model is not None else self.task.model(self.seed).to(self.device.device)
         scores = scores_for(
-            method, self.task, model, examples=settings.score.examples[-1], seed=self.seed, split=split,
+            method, self.task, model, examples=examples or settings.score.examples[-1], seed=self.seed, split=split,
             head=settings.head, say=self.say, **settings.score.how(),
         )  # fmt: skip
         mask = mask_for(
@@ -120,6 +121,10 @@ class Trainer:
         )
         mask.info |= {"task": self.plan.name, "seed": self.seed, "fishmask": VERSION}
         return mask
+
+    def _rough_mask(self, method: str) -> Mask:
+        """What a search trains: chosen on the ``fit`` part of train, by few examples."""
+        return self.mask(method, self.task.model(self.seed).to(self.device.device), "fit", _FEW)
 
     def _settle(self) -> None:
         """Find the rates, then the epochs that a budget leaves; kept in the plan."""
@@ -129,10 +134,10 @@ class Trainer:
         batch, rates = plan.task.train.batch_size, dict(plan.lr)
         for method in plan.methods:
             if method not in rates:
+                choose = partial(self._rough_mask, method)
                 rates[method], tried = search(
-                    self.task, method, lambda method=method: self.mask(method, "fit"), self.recipe(method), batch,  # type: ignore[misc]
-                    self.device, self.folder,
-                )  # fmt: skip
+                    self.task, method, choose, self.recipe(method), batch, self.device, self.folder
+                )
                 losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sorted(tried.items()))
                 self.say(
                     f"learning rate of {method}: {rates[method]:g}"
@@ -184,7 +189,7 @@ class Trainer:
         file.parent.mkdir(exist_ok=True)
         if file.is_file():
             return Mask.load(file)
-        mask = self.mask(method, model=model)
+        mask = self.mask(method, model)
         mask.save(file)
         return mask
 
