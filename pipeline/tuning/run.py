@@ -113,8 +113,8 @@ class Trainer:
         """Choose what a method trains of the base, by all the examples that are scored or by fewer."""
         settings = self.plan.task
         scores = scores_for(
-            method, self.task, model, examples=examples or settings.score.examples[-1], seed=self.seed, split=split,
-            head=settings.head, say=self.say, **settings.score.how(),
+            method, self.task, model, examples=examples or settings.score.examples[-1], seed=self.seed,
+            split=split, head=settings.head, say=self.say, **settings.score.how(),
         )  # fmt: skip
         mask = mask_for(
             method, model, density=settings.density, head=settings.head, seed=self.seed, ranking=scores
