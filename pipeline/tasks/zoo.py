@@ -16,7 +16,7 @@ from pipeline.errors import ModelError, unknown
 from pipeline.tasks.sources import Source
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
-_CONVERT = "convert it once: safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'FILE.safetensors')"
+_CONVERT = "load its state dict where you trust it, and save that with safetensors.torch.save_file"
 
 
 def load(source: Source, outputs: int, seed: int) -> nn.Module:
@@ -57,7 +57,7 @@ def _checkpoint(source: Source, written: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ModelError(f"model.source: {path}: no such file; expected {written}@FILE.safetensors")
     if path.suffix in _PICKLES:
-        raise ModelError(f"model.source: {path} is a pickle, which can run any code; it is not loaded: {_CONVERT}")
+        raise ModelError(f"model.source: {path} is a pickle, which can run any code; it is not loaded; {_CONVERT}")
     try:
         return load_file(path)
     except Exception as error:  # the library raises its own kinds of error for what is no safetensors file

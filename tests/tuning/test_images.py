@@ -67,7 +67,7 @@ def test_a_folder_of_images_is_tuned_on(tmp_path, checkpoint):
     [
         (f"torchvision:{NAME}", f"names no checkpoint; expected torchvision:{NAME}@FILE.safetensors"),
         (f"torchvision:{NAME}@missing.safetensors", "missing.safetensors: no such file"),
-        (f"torchvision:{NAME}@old.pth", "old.pth is a pickle, which can run any code; it is not loaded: convert"),
+        (f"torchvision:{NAME}@old.pth", "old.pth is a pickle, which can run any code; it is not loaded; load its"),
         (f"torchvision:{NAME}@text.safetensors", "text.safetensors is no safetensors file"),
         ("torchvision:shufflenet_v2_x05@CHECKPOINT", f"'shufflenet_v2_x05'; did you mean '{NAME}'?"),
         ("torchvision:resnet18@CHECKPOINT", "is no checkpoint of torchvision:resnet18: tensor '"),
