@@ -92,8 +92,7 @@ def register(
     config = {
         "base": source,
         DELTAS: list(asked),
-        "text": list(text)
-        or (None if all(one.interface.text for one in asked.values()) else read[next(iter(read))]),
+        "text": list(text) or None,
         "max_length": max_length,
         "max_new_tokens": max_new_tokens,
         "device": device,
@@ -107,7 +106,11 @@ def register(
         table, folders = rows.table.select(_distinct(read)), Path(folder) / DELTAS
         version, run_id = _log(store, name, folders, asked, table, answers, config | LIMITS)
         uri = f"models:/{name}/{version}"
-        _check_answers(uri, table, answers)
+        try:
+            _check_answers(uri, table, answers)
+        except BaseException:
+            store.client.delete_model_version(name, version)
+            raise
         if alias is not None:
             store.client.set_registered_model_alias(name, alias, version)
     return _done(name, version, run_id, source, asked, alias)

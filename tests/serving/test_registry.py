@@ -299,8 +299,11 @@ def test_a_host_with_another_base_is_refused_and_the_same_base_elsewhere_is_not(
         mlflow.pyfunc.load_model(registered["uri"], model_config={"base": str(wrong)})
 
 
-def test_what_register_refuses_leaves_no_version(store, registered, reviews, bert):
+def test_what_register_refuses_leaves_no_version(store, registered, reviews, bert, monkeypatch):
     from mlflow.tracking import MlflowClient
+
+    def other(*_):
+        raise StorageError("answers another way")
 
     for name, alias, why in (
         ("a/b", None, "--name 'a/b': expected a name without '/' and ':'"),
@@ -322,6 +325,10 @@ def test_what_register_refuses_leaves_no_version(store, registered, reviews, ber
         finally:
             os.environ["MLFLOW_TRACKING_URI"] = kept
     assert [model.name for model in MlflowClient().search_registered_models()] == ["film reviews"]
+    monkeypatch.setattr("pipeline.serving.registry._check_answers", other)
+    with pytest.raises(StorageError, match="answers another way"):
+        register([str(reviews[0])], "film reviews", device="cpu")
+    assert [v.version for v in MlflowClient().search_model_versions("name = 'film reviews'")] in (["1"], [1])
 
 
 def test_what_a_serving_host_must_have():
