@@ -15,7 +15,8 @@ def rate_table(results: Results) -> Table | None:
         One row per task and method; None where no search is recorded for a task of these results.
     """
     rows, records, notes = [], [], []
-    for task, content in sorted(results.records.get("tune-lr", {}).items()):
+    for _, content in sorted(results.records.get("tune-lr", {}).items()):
+        task, setting = content["task"], content.get("setting", "main")
         if task not in results.tasks:
             continue
         scale = scale_of(content["metric"])
@@ -25,13 +26,14 @@ def rate_table(results: Results) -> Table | None:
             seeds = len(tried.get(found["best"], []))
             listed = ", ".join(f"{rate:g}: {text}" for rate, text in shown.items())
             rows.append((
-                Entry(task), Entry(method), Entry(f"{found['best']:g}"), Entry(shown.get(found["best"], MISSING)),
-                Entry(str(seeds)), Entry(listed),
+                Entry(task), Entry(method), Entry(setting), Entry(f"{found['best']:g}"),
+                Entry(shown.get(found["best"], MISSING)), Entry(str(seeds)), Entry(listed),
             ))  # fmt: skip
             records += [
                 {
                     "task": task,
                     "method": method,
+                    "setting": setting,
                     "lr": rate,
                     "best": rate == found["best"],
                     "metric": content["metric"],
@@ -41,12 +43,12 @@ def rate_table(results: Results) -> Table | None:
             ]
         parts = content.get("rows", {})
         notes.append(
-            f"{task}: {metric_title(content['metric'])}; trained on {parts.get('fit', 0):,} and scored on "
-            f"{parts.get('tune', 0):,} rows of train; the reported split was not read."
+            f"{task}, {setting}: {metric_title(content['metric'])}; trained on {parts.get('fit', 0):,} and scored "
+            f"on {parts.get('tune', 0):,} rows of train; the reported split was not read."
         )
-    columns = ("task", "method", "lr", "score on tune", "seeds", "tried")
+    columns = ("task", "method", "setting", "lr", "score on tune", "seeds", "tried")
     title = "Learning rates: the search on a split of train"
-    return Table("rates", title, columns, tuple(rows), tuple(records), tuple(notes)) if rows else None
+    return Table("rates", title, columns, tuple(rows), tuple(records), tuple(notes), words=3) if rows else None
 
 
 def _mean(scores: list[float | None]) -> float | None:

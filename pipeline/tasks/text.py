@@ -57,7 +57,8 @@ class Tokenizer:
             texts: one or two string arrays of equal length; of a pair, the longer text is cut first.
 
         Returns:
-            ``input_ids`` (list of int32) and, where the tokenizer has them, ``token_type_ids`` (list of int8).
+            ``input_ids`` (list of int32) and, where the tokenizer has them, ``token_type_ids`` (list of int8). A
+            blank text to which the tokenizer adds nothing (GPT-2's) is one padding token: models need one.
         """
         encoded = self._tokenizer(
             *(column.to_pylist() for column in texts),
@@ -67,7 +68,12 @@ class Tokenizer:
             return_attention_mask=False,
         )
         kinds = {"input_ids": pa.list_(pa.int32()), "token_type_ids": pa.list_(pa.int8())}
-        return {name: pa.array(encoded[name], kinds[name]) for name in FIELDS if name in encoded}
+        blank = {"input_ids": [self.settings["pad"]], "token_type_ids": [0]}
+        return {
+            name: pa.array([ids or blank[name] for ids in encoded[name]], kinds[name])
+            for name in FIELDS
+            if name in encoded
+        }
 
     def completions(self, prompts: pa.Array, completions: pa.Array) -> dict[str, pa.Array]:
         """Tokenise prompts, each followed by its completion and the end-of-text token.

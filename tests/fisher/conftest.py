@@ -451,6 +451,21 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "albert": lambda: transformer(
         "Albert", False, **SMALL, vocab_size=50, embedding_size=8, max_position_embeddings=16
     ),
+    "deberta": lambda: transformer(
+        "DebertaV2",
+        False,
+        **SMALL,
+        vocab_size=50,
+        max_position_embeddings=16,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=4,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+    ),
+    "llama": lambda: transformer(
+        "Llama", **SMALL, num_key_value_heads=1, vocab_size=50, max_position_embeddings=16, pad_token_id=1
+    ),
     "resnet18": lambda: vision("resnet18", 32),
     "mobilenet": lambda: vision("mobilenet_v3_small", 32),
     "convnext-torchvision": convnext_torchvision,

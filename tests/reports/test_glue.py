@@ -49,7 +49,9 @@ def glue(metrics):
 
 def test_rates_show_the_search_of_this_profiles_tasks(glue):
     table = rate_table(load_results(glue.folder))
-    assert texts(table) == [["cola", "fish", "0.002", "62.5", "2", "0.001: 55.0, 0.002: 62.5, 0.01: diverged"]]
+    assert texts(table) == [
+        ["cola", "fish", "main", "0.002", "62.5", "2", "0.001: 55.0, 0.002: 62.5, 0.01: diverged"]
+    ]
     assert "trained on 1,600 and scored on 400 rows of train; the reported split was not read" in table.notes[0]
     rows = list(csv.DictReader(io.StringIO(table.csv())))
     assert [(row["lr"], row["best"]) for row in rows] == [("0.001", "False"), ("0.002", "True"), ("0.01", "False")]
