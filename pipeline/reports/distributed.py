@@ -177,8 +177,8 @@ def _notes(cells: Sequence[ShareCell], goals: dict[str, float | None]) -> list[s
             for c in [next(cell for cell in cells if cell.task == task)]]  # fmt: skip
     if told:
         notes.append(
-            f"The goal is {_SHARE:.0%} of the task's best mean: {', '.join(told)}; – where not every seed got "
-            "there at a scored merge."
+            f"The goal is {percent(_SHARE)} of the task's best mean: {', '.join(told)}; – where not every seed "
+            "got there at a scored merge."
         )
     for cell in {cell.task: cell for cell in cells}.values():
         shares = "each worker has a part of the data" if cell.shard else "every worker sees all of the data"

@@ -56,7 +56,10 @@ def _records(
 ) -> dict[Name, Record]:
     """Parse the metrics files of a stage: (task, method, setting) -> what each says."""
     records = {}
+    wanted = None if only is None else {"-".join(name) for name in only}
     for file, content in _documents(metrics, stage):
+        if wanted is not None and file.stem not in wanted:
+            continue  # of a former grid, perhaps of a former version
         try:
             record = parse(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

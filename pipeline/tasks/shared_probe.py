@@ -71,12 +71,12 @@ def estimate(
     chosen = mask_for(like, model, density=sharing.density, head=sharing.head, seed=recipe.seed)
     with torch.random.fork_rng([where] if where.type == "cuda" else []):
         batches = task.batches("train", batch_size, seed=recipe.seed, epoch=0, device=where)
-        masked_steps, merges, values = 0.0, 0.0, 0.0
+        masked_steps, merges, values = 0.0, 0, 0.0
         for mask, epochs in ((dense(index), sharing.warmup), (chosen, recipe.epochs - sharing.warmup)):
             if epochs:
                 with MaskedParameters(model, mask) as masked:
                     masked_steps += epochs * steps * timed_steps(task, masked, batches, recipe, device)
-                merges += (count := epochs * steps / (sharing.every or 1))
+                merges += (count := math.ceil(epochs * steps / (sharing.every or 1)))
                 width = workers if sharing.own_masks and mask is chosen else 1
                 values += count * mask.nnz * width * (2 if sharing.dtype == "bf16" else 4)
         held_out = task.batches(task.reported, EVALUATION * batch_size, device=where)
