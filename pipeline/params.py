@@ -132,10 +132,14 @@ class TaskParams(_Strict):
 
 
 class SettingParams(_Strict):
-    """A named variation of a task's mask; null means the task's own value."""
+    """A named variation of a task's mask; null means the task's own value.
+
+    ``lr`` (task -> method -> rate) holds the rates of methods that want another one here.
+    """
 
     density: Density | None = None
     examples: Positive | None = None
+    lr: dict[str, dict[str, Annotated[float, Field(gt=0)]]] = {}
 
 
 class CheckpointParams(_Strict):
@@ -203,6 +207,17 @@ class SweepParams(_Strict):
         return set(product(self.tasks, self.methods, self.settings))
 
 
+class SweepGrid(SweepParams):
+    """The cells of Figure 2: of methods cut from a ranking, and of others beside them."""
+
+    unranked: SweepParams = SweepParams()
+
+    @property
+    def cells(self) -> set[tuple[str, str, str]]:
+        """Every (task, method, setting)."""
+        return super().cells | self.unranked.cells
+
+
 class CheckpointGrid(SweepParams):
     """The cells of Table 4, and those that show what decaying frozen weights costs."""
 
@@ -237,7 +252,7 @@ class GridParams(_Strict):
     unranked: list[str]
     learned: list[str] = []
     settings: list[str]
-    sweep: SweepParams
+    sweep: SweepGrid
     checkpoint: CheckpointGrid = CheckpointGrid()
     distribute: DistributeGrid = DistributeGrid()
 
@@ -304,8 +319,10 @@ class Params(_Strict):
             "methods": self.methods,
             "settings": self.settings,
         }
+        sweep = self.grid.sweep
+        grids = {"grid": self.grid, "grid.sweep": sweep, "grid.sweep.unranked": sweep.unranked}
         for section, known in sets.items():
-            for key, grid in (("grid", self.grid), ("grid.sweep", self.grid.sweep)):
+            for key, grid in grids.items():
                 for name in getattr(grid, section):
                     yield f"{key}.{section}", name, known
         experiments: tuple[tuple[str, CheckpointGrid | DistributeGrid, Iterable[str]], ...] = (
@@ -318,8 +335,15 @@ class Params(_Strict):
                 yield f"grid.{stage}.methods", method, self.methods
                 yield f"grid.{stage}.settings", setting, settings
                 yield f"methods.{method}.lr", task, self.methods[method].lr
-        for name in self.grid.sweep.methods:
+        for name in sweep.methods:
             yield "grid.sweep.methods", name, self.grid.ranked
+        for name in sweep.unranked.methods:
+            yield "grid.sweep.unranked.methods", name, self.grid.unranked
+        for setting, own in self.settings.items():
+            for task, rates in own.lr.items():
+                yield f"settings.{setting}.lr", task, self.tasks
+                for method in rates:
+                    yield f"settings.{setting}.lr.{task}", method, self.methods
         for task in self.grid.tasks:
             for method in self.grid.ranked:
                 variant = method.partition("-")[2]
@@ -332,6 +356,11 @@ class Params(_Strict):
             if self.grid.learned:
                 yield "methods", "dense", self.methods
                 yield "methods.dense.lr", task, self.methods["dense"].lr
+
+    def rate_key(self, task: str, method: str, setting: str) -> str:
+        """The key of the learning rate of a cell: the setting's own where it has one."""
+        own = self.settings[setting].lr.get(task, {}) if setting in self.settings else {}
+        return f"settings.{setting}.lr.{task}.{method}" if method in own else f"methods.{method}.lr.{task}"
 
     def at(self, key: str) -> Any:
         """Look a dotted key up, such as ``tasks.words.train`` or ``methods.fish.lr.words``.

@@ -40,6 +40,7 @@ def run(stage: Stage) -> None:
     cell = stage.cell
     settings, metric = stage.of_task("train"), stage.of_task("metric")
     lr = stage.read(f"methods.{cell.method}.lr.{cell.task}")
+    lr = stage.read(f"settings.{cell.setting}").lr.get(cell.task, {}).get(cell.method, lr)
     use_threads(stage.read("threads"))
     device = choose_device(stage.read("device"), stage.read("precision"))
     task = Task.load(stage.input("fetch"), stage.of_task("model"), metric)

@@ -1,6 +1,7 @@
 """Find the learning rate of a task's methods, on a split of train; the reported split is never read.
 
     fishmask tune-lr --task words                 # every method; --method fish for one
+    fishmask tune-lr --task words --setting density-5e-4 --method fish --method random
 
 Not a stage of the pipeline: it writes its findings to params.yaml, which the pipeline reads, and what it tried to
 ``metrics/tune-lr/<task>.json``, which the report shows. A fifth of train (whole groups) is held out as ``tune``;
@@ -21,7 +22,7 @@ from rich.table import Table
 from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
-from pipeline.params import Params, TaskParams
+from pipeline.params import Params, SettingParams, TaskParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.choosing import Learning, choose, trained_model
 from pipeline.tasks.fitting import fit_task
@@ -46,6 +47,7 @@ def tune(
     seeds: int,
     write: bool,
     reach: int = REACH,
+    setting: str = "main",
 ) -> dict[str, float]:
     """Search the learning rates of one task.
 
@@ -53,22 +55,23 @@ def tune(
         workspace: the project; the task must be fetched.
         params: its settings.
         name: the task.
-        methods: which methods; by default all that have a rate for the task.
+        methods: which methods; by default all that have a rate for the task, at the setting where it has rates.
         seeds: rungs: how many of the profile's seeds the best rates are trained with.
         write: put the best rates into params.yaml.
         reach: rates of the first rung on either side of the present one.
+        setting: the density and examples to tune at, where they are not the task's own.
 
     Returns:
         method -> the best rate: the highest mean score on ``tune``, the lower rate where two are equal.
     """
-    settings: TaskParams = params.at(f"tasks.{name}")
+    settings, own = _at(params, name, setting), params.settings[setting].lr.get(name)
     use_threads(params.threads)
     device = choose_device(params.device, params.precision)
     task = Task.load(workspace.out(Cell("fetch", name)), settings.model, settings.metric)
     best: dict[str, float] = {}
     log: dict[str, Any] = {}
-    for method in methods or [m for m, own in params.methods.items() if name in own.lr]:
-        start = params.at(f"methods.{method}.lr.{name}")
+    for method in methods or own or [m for m, known in params.methods.items() if name in known.lr]:
+        start = params.at(params.rate_key(name, method, setting))
 
         @cache
         def mask(seed: int, method: str = method) -> Mask:
@@ -81,10 +84,23 @@ def tune(
         best[method] = best_rate(tried)
         log[method] = {"best": best[method], "tried": {f"{r:g}": s for r, s in tried.items()}}
         _show(name, method, settings.metric, tried, best[method])
-    _record(workspace, name, settings, task, log)
+    _record(workspace, name, setting, settings, task, log)
     if write:
-        edit_yaml(workspace.root / "params.yaml", {f"methods.{m}.lr.{name}": rate for m, rate in best.items()})
+        found = {params.rate_key(name, method, setting): rate for method, rate in best.items()}
+        edit_yaml(workspace.root / "params.yaml", found)
     return best
+
+
+def _at(params: Params, name: str, setting: str) -> TaskParams:
+    """The task as a setting has it.
+
+    Returns:
+        Its settings, with the setting's density and examples.
+    """
+    task: TaskParams = params.at(f"tasks.{name}")
+    there: SettingParams = params.at(f"settings.{setting}")
+    score = task.score.model_copy(update={"examples": [there.examples]} if there.examples else {})
+    return task.model_copy(update={"density": there.density or task.density, "score": score})
 
 
 def _mask(
@@ -133,12 +149,15 @@ def _show(task: str, method: str, metric: str, tried: dict[float, list[float]], 
     Console().print(table)
 
 
-def _record(workspace: Workspace, name: str, settings: TaskParams, task: Task, log: dict[str, Any]) -> None:
+def _record(
+    workspace: Workspace, name: str, setting: str, settings: TaskParams, task: Task, log: dict[str, Any]
+) -> None:
     """Keep what was tried beside the metrics of the pipeline, for the report and the reader."""
-    file = workspace.metrics(Cell("tune-lr", name))
+    file = workspace.metrics(Cell("tune-lr", name, setting=None if setting == "main" else setting))
     before = json.loads(file.read_text())["methods"] if file.is_file() else {}
     rows = {split: len(task.rows(split)) for split in ("fit", "tune")}
-    document = {"task": name, "metric": settings.metric, "rows": rows, "train": settings.train.model_dump()}
+    document: dict[str, Any] = {"task": name, "setting": setting, "density": settings.density}
+    document |= {"metric": settings.metric, "rows": rows, "train": settings.train.model_dump()}
     file.parent.mkdir(parents=True, exist_ok=True)
     finite = json.loads(json.dumps(before | log).replace("-Infinity", "null"))
     write_json(file, document | {"methods": dict(sorted(finite.items()))})

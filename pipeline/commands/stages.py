@@ -153,6 +153,7 @@ def tune_lr(
     task: Task,
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help="Only this method. [all]")] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds per learning rate.")] = 2,
+    setting: Annotated[str, typer.Option("--setting", help="Tune at its density and examples.")] = "main",
     write: Annotated[bool, typer.Option("--write/--dry-run", help="Record the best in params.yaml.")] = True,
 ) -> None:
     """Find each method's learning rate on a split of train, never on the reported split."""
@@ -161,4 +162,4 @@ def tune_lr(
     from stages.tune_lr import tune
 
     workspace = Workspace.here()
-    tune(workspace, Params.load(workspace.root / "params.yaml"), task, method, seeds, write)
+    tune(workspace, Params.load(workspace.root / "params.yaml"), task, method, seeds, write, setting=setting)

@@ -56,3 +56,17 @@ def test_every_kind_of_method_is_tuned_on_train_alone(project, method):
     overrides |= {"tasks.reviews.score.variants": {"layer": {"selection": "per-layer"}}}
     params = Params.load(project.root / "params.yaml", overrides)
     assert set(tune(project, params, "reviews", [method], 1, write=False, reach=0)) == {method}
+
+
+def test_a_setting_has_rates_of_its_own(project):
+    file = project.root / "params.yaml"
+    text = file.read_text().replace("denser: {density: 0.2", "denser: {lr: {reviews: {fish: 0.02}}, density: 0.2")
+    assert text != file.read_text()
+    file.write_text(text)
+    best = tune(project, Params.load(file), "reviews", None, 1, write=True, reach=0, setting="denser")
+    assert set(best) == {"fish"}, "only the methods that have a rate there"
+    before, after = Params.load(file, {"settings.denser.lr.reviews.fish": 0.02}), Params.load(file)
+    assert after.settings["denser"].lr == {"reviews": best} and after.methods == before.methods
+    assert after.rate_key("reviews", "fish", "main") == "methods.fish.lr.reviews"
+    found = json.loads((project.root / "metrics" / "tune-lr" / "reviews-denser.json").read_text())
+    assert found["setting"] == "denser" and found["density"] == 0.2
