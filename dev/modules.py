@@ -1,7 +1,8 @@
 """Bring the module lists of dvc.yaml up to date with the code's imports: `python dev/modules.py --write`.
 
-Without `--write` it prints the result. A folder of the library stands for its files where a stage uses all
-of them. tests/stages/test_contract.py imports the functions and holds dvc.yaml against them.
+Without `--write` it prints the result. A room of the library is listed as a folder, single files one by one: DVC
+reads and writes the whole of dvc.lock after every stage, and with every file of every room in it that took longer
+than the stages (dev/LOG.md). tests/stages/test_contract.py imports the functions and holds dvc.yaml against them.
 """
 
 import ast
@@ -12,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("artifacts", "fisher", "masks", "deltas", "training", "distributed", "tasks", "reports")
+ROOMS = ("artifacts", "fisher", "masks", "deltas", "training", "distributed", "tasks", "reports")
 
 
 def imports(file: Path) -> list[str]:
@@ -69,13 +70,14 @@ def used_by(stage: str) -> set[str]:
 
 
 def dependencies(stage: str) -> list[str]:
-    """What dvc.yaml lists for a stage: files, and folders that are used whole."""
-    used = used_by(stage)
-    for folder in FOLDERS:
-        whole = with_code((ROOT / "pipeline" / folder).rglob("*.py"))
-        if whole <= used:
-            used = used - whole | {f"pipeline/{folder}"}
+    """What dvc.yaml lists for a stage: the rooms and the single files that it uses."""
+    used = {room_of(path) for path in used_by(stage)}
     return sorted(used, key=lambda path: (path.startswith("pipeline"), path))
+
+
+def room_of(path: str) -> str:
+    """The room that a file lies in, or the file where it lies in none."""
+    return next((f"pipeline/{room}" for room in ROOMS if path.startswith(f"pipeline/{room}/")), path)
 
 
 def main() -> None:

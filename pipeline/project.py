@@ -80,17 +80,18 @@ def planned(targets: Sequence[str] = ()) -> list[str]:
         Names such as ``train@words-fish-main``.
     """
     import networkx
-    from dvc.repo import Repo
+    from dvc.repo import Repo, lock_repo
 
-    with Repo(str(Workspace.here().root)) as repo:
+    with Repo(str(Workspace.here().root)) as repo, lock_repo(repo):
         graph = repo.index.graph  # an edge from each stage to those that it depends on
         names = {stage.addressing: stage for stage in graph}
         wanted = [stage for name, stage in names.items() if name in targets or name.partition("@")[0] in targets]
         order = list(
             dict.fromkeys(s for stage in wanted or graph for s in networkx.dfs_postorder_nodes(graph, stage))
         )
+        # Not repo.status(names): it reads dvc.lock anew for every name, a second each.
         with contextlib.redirect_stdout(sys.stderr):
-            changed = {names[name] for name in repo.status([s.addressing for s in order])}
+            changed = {stage for stage in order if stage.status(check_updates=True)}
         stale = changed | {stage for one in changed for stage in networkx.ancestors(graph, one)}
         return [stage.addressing for stage in order if stage in stale]
 

@@ -18,7 +18,7 @@ from stages.runner import Stage
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "dev"))
-from modules import closure, imports, used_by, with_code  # noqa: E402
+from modules import closure, imports, room_of, used_by  # noqa: E402
 
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 CORE = [
@@ -41,14 +41,11 @@ def test_the_declared_modules_are_the_imported_ones(name):
     stage = STAGES[name]
     module = re.search(r"python -m (stages\.\w+)", stage["cmd"]).group(1)
     used = used_by(module.removeprefix("stages."))
-    declared = [d for d in stage["deps"] if d.startswith(("pipeline", "stages"))]
-    covered = set()
-    for dep in declared:
-        path = ROOT / dep
-        assert path.exists(), f"{name} declares {dep}, which is not there"
-        covered |= with_code(path.rglob("*.py") if path.is_dir() else [path])
-    assert sorted(used - covered) == [], f"{name} uses modules that dvc.yaml does not declare"
-    assert sorted(covered - used) == [], f"{name} declares modules that it does not use"
+    declared = {d for d in stage["deps"] if d.startswith(("pipeline", "stages"))}
+    assert all((ROOT / path).exists() for path in declared), f"{name} declares what is not there"
+    rooms = {room_of(path) for path in used}
+    assert sorted(rooms - declared) == [], f"{name} uses modules that dvc.yaml does not declare"
+    assert sorted(declared - rooms) == [], f"{name} declares modules that it does not use"
 
 
 def resolve(text, item):
