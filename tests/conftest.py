@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("fishmask", deadline=None)  # nothing is timed: these machines are noisy
+hypothesis.settings.load_profile("fishmask")
 
 ROOT = Path(__file__).parent.parent
 GOOD = "good great fine lovely happy bright kind warm sweet calm".split()
