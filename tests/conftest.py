@@ -33,7 +33,14 @@ grid:
   unranked: [dense, random]
   learned: []
   settings: [main]
-  sweep: {tasks: [reviews], methods: [fish], settings: [denser]}
+  sweep:
+    {tasks: [reviews], methods: [fish], settings: [denser], unranked: {tasks: [], methods: [], settings: []}}
+  checkpoint: {tasks: [], methods: [], settings: [], leak: {tasks: [], methods: [], settings: []}}
+  distribute:
+    table2: {tasks: [], methods: [], settings: []}
+    table2_dense: {tasks: [], methods: [], settings: []}
+    table3: {tasks: [], methods: [], settings: []}
+    table3_dense: {tasks: [], methods: [], settings: []}
 tasks:
   reviews:
     kind: text

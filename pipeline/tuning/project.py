@@ -21,7 +21,7 @@ from pipeline.params import (
     Params,
     ScoreParams,
     SettingParams,
-    SweepParams,
+    SweepGrid,
     TaskParams,
     TrainParams,
 )
@@ -134,7 +134,7 @@ def _params(tuned: Tuned, data: Path, model: str) -> Params:
         precision=training.precision,
         grid=GridParams(
             tasks=[name], methods=methods, ranked=["fish"], unranked=[m for m in methods if m != "fish"],
-            settings=["main"], sweep=SweepParams(),
+            settings=["main"], sweep=SweepGrid(),
         ),
         tasks={name: task},
         settings={"main": SettingParams()},
