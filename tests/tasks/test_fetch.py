@@ -135,7 +135,7 @@ BAD_SETTINGS = [
     (dict(text=("text",) * 3), ParamsError, "tasks.mine.data.text: 3 columns; expected one, or two"),
     (dict(text=("label",)), DataError, "column 'label' (data.text) holds int64; expected text"),
     (dict(limit={"trian": 3}), ParamsError, "tasks.mine.data.limit: no split 'trian'; expected train, validation"),
-    (dict(kind="sound"), ParamsError, "tasks.mine.kind: 'sound'; expected text or image"),
+    (dict(kind="sound"), ParamsError, "tasks.mine.kind: 'sound'; expected text, image or causal"),
     (dict(kind="image"), DataError, "no column of encoded images"),
     (dict(metric="acuracy"), ParamsError, "metric: 'acuracy' is unknown"),
 ]
