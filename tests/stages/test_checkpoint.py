@@ -20,10 +20,8 @@ checkpoints:
   leak: {epochs: 2, weight_decay: 0.5, weight_decay_scope: all}
 methods:
 """
-GRID = """\
-  checkpoint: {tasks: [reviews], methods: [fish, random], settings: [fixed, often]}
-tasks:
-"""
+NO_GRID = "  checkpoint: {tasks: [], methods: [], settings: [],"
+GRID = "  checkpoint: {tasks: [reviews], methods: [fish, random], settings: [fixed, often],"
 
 
 @pytest.fixture
@@ -32,7 +30,7 @@ def project(template, tmp_path, monkeypatch):
     shutil.copytree(template, root, symlinks=True)
     monkeypatch.chdir(root)
     file = root / "params.yaml"
-    text = file.read_text().replace("\nmethods:\n", f"\n{SETTINGS}").replace("\ntasks:\n", f"\n{GRID}", 1)
+    text = file.read_text().replace("\nmethods:\n", f"\n{SETTINGS}").replace(NO_GRID, GRID)
     file.write_text(text)
     workspace = Workspace.here()
     fetch.run(Stage(Cell("fetch", "reviews"), Params.load(file), workspace, track=False))
