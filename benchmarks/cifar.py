@@ -3,11 +3,11 @@
     python -m benchmarks.cifar --images 512 --batch 64 --model resnet18 --rounds 3 --threads 1   # CPU: minutes
     python -m benchmarks.cifar --device cuda                                                   # the real sizes
 
-Contestants, one after the other in every round: ``fit`` on a fish mask of 0.5 % and on all parameters, with and
-without ``torch.compile``, and plain dense loops over torchvision's ResNet-34 (3x3 stem; our own of the same shape
-where torchvision is missing), with and without it. All have their data on the device, augment it there in batches
-(shift, mirror, cut-out), and train in bf16 with channels_last on a GPU. Random pixels: time does not depend on
-them. Writes results/cifar-<device>.md.
+Contestants, one after the other in every round: ``fit`` on a fish mask of 0.5 % and on all parameters, and plain
+dense loops over torchvision's ResNet-34 (3x3 stem; our own of the same shape where torchvision is missing); each
+as it is and in every ``--compile`` mode of ``torch.compile``. All have their data on the device, augment it there in
+batches (shift, mirror, cut-out), and train in bf16 with channels_last on a GPU. Random pixels: time does not depend
+on them. Writes results/cifar-<device>.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ def reference_model(name: str) -> tuple[nn.Module, str]:
 class Plain:
     """The fastest plain loop: everything resident, draws on the device, a fused optimizer, no bookkeeping."""
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, batch: int, *, compiled: bool) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, batch: int, mode: str | None) -> None:
         device = images.device
         self._cuda = device.type == "cuda"
         model = model.to(device).train()
@@ -57,7 +57,7 @@ class Plain:
         self._optimizer = torch.optim.SGD(
             model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True
         )
-        self._model = torch.compile(model) if compiled else model
+        self._model = torch.compile(model, mode=mode) if mode else model
         self._images, self._labels, self._batch = images, labels, batch
         self._rows, self._columns = (torch.arange(size, device=device) for size in images.shape[2:])
 
@@ -86,11 +86,11 @@ class Plain:
 
 
 def ours(
-    model: nn.Module, mask: Mask | None, split: ImageSplit, count: int, batch: int, device: str, *, compiled: bool
+    model: nn.Module, mask: Mask | None, split: ImageSplit, count: int, batch: int, device: str, mode: str | None
 ) -> Callable[[], object]:
     """An epoch of ``fit`` as the stages call it, state and masking included."""
     place = choose_device(device)
-    run = torch.compile(model) if compiled else model
+    run = torch.compile(model, mode=mode) if mode else model
     recipe = Recipe(
         epochs=1, lr=1e-3, optimizer="sgd", weight_decay=5e-4, schedule="piecewise", warmup=0.05, seed=0
     )
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet34", help="resnet18, resnet34 or resnet50")
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled contestants out")
+    parser.add_argument("--compile", nargs="*", default=["default"], metavar="MODE", help="reduce-overhead: CUDA graphs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -163,12 +163,12 @@ def main() -> None:
 
     mask = recompute()
     contestants: dict[str, Callable[[], object]] = {}
-    for compiled in (False,) if args.no_compile else (False, True):
-        suffix, how = ", compiled" if compiled else "", {"compiled": compiled}
+    for mode in (None, *args.compile):
+        suffix = "" if mode is None else f", compiled ({mode})"
         network, named = reference_model(args.model)
-        contestants[f"plain dense{suffix}"] = Plain(network, resident, targets, args.batch, **how).epoch
+        contestants[f"plain dense{suffix}"] = Plain(network, resident, targets, args.batch, mode).epoch
         for name, chosen in (("fit, fish 0.5 %", mask), ("fit, dense", None)):
-            contestants[name + suffix] = ours(fresh(), chosen, split, args.images, args.batch, args.device, **how)
+            contestants[name + suffix] = ours(fresh(), chosen, split, args.images, args.batch, args.device, mode)
     contestants["mask of 1,024 examples"] = recompute
     times = interleaved(contestants, args.rounds, args.device)
     best = [min(of) for of in zip(*(t for n, t in times.items() if n.startswith("plain")), strict=True)]

@@ -1,23 +1,27 @@
-"""Rows of Table 4 on CIFAR-10 in one process, everything on the device; needs no DVC, MLflow or pyarrow.
+"""Rows of Table 4 on CIFAR-10, everything on the device; needs no DVC and no MLflow.
 
-    python -m benchmarks.table4 --pack artifacts/fetch/cifar10 --data cifar10.npz      # where the data was fetched
-    python -m benchmarks.table4 --data cifar10.npz --device cuda --rows dense fish:0.005:fixed fish:0.005:1
+    python -m benchmarks.table4 --data FOLDER/cifar10 --device cuda --jobs 7 --rows dense fish:0.005:fixed fish:0.005:1
 
-A row is ``METHOD[:DENSITY[:MASK[:leak]]]``, the mask ``fixed`` or the epochs between two. Each row's rate is the
-best of ``--rates`` after ``--tune-epochs`` on a fifth of train held out, unless one rate is given. Every epoch's
-checkpoint is a step of a chain, restored and compared bit for bit, as in the stage. Rows are appended to the
-table as they end, so that a run that is cut off leaves those it finished.
+The folder holds ``train.parquet`` and ``test.parquet`` of encoded images. A row is
+``METHOD[:DENSITY[:MASK[:leak]]]``, the mask ``fixed`` or the epochs between two. Each row's rate is the best of
+``--rates`` after ``--tune-epochs`` on a fifth of train held out, unless one rate is given. Every epoch's checkpoint
+is a step of a chain, restored and compared bit for bit, as in the stage. ``--jobs`` rows share the device, a process
+each. The table is written anew as each row ends, so that a run that is cut off leaves those it finished; and every
+epoch of every row is printed.
 """
 
 import argparse
+import concurrent.futures
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
@@ -31,8 +35,10 @@ from pipeline.masks.select import dense, random
 from pipeline.parameters import ParameterIndex
 from pipeline.tasks import cifar
 from pipeline.tasks.batches import Batches, cut, shuffled
+from pipeline.tasks.decode import decode
 from pipeline.tasks.draws import Rows, permutation
 from pipeline.tasks.image import ImageSplit, statistics
+from pipeline.tasks.raw import RawSplit
 from pipeline.tasks.resnet import build
 from pipeline.training.device import Device, choose_device
 from pipeline.training.leak import LeakyParameters
@@ -63,9 +69,12 @@ class Row:
 class Bench:
     """The data on the device, and what is done with it."""
 
-    def __init__(self, file: Path, model: str, batch: int, examples: int, device: Device) -> None:
-        with np.load(file, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in ("train_x", "train_y", "test_x", "test_y")}
+    def __init__(self, folder: Path, model: str, batch: int, examples: int, limit: int, device: Device) -> None:
+        arrays = {}
+        for split in ("train", "test"):
+            table = pq.read_table(folder / f"{split}.parquet")[:limit]
+            arrays[f"{split}_x"] = decode(RawSplit(table, str(folder)), np.arange(len(table)))[0]
+            arrays[f"{split}_y"] = table.column("label").to_numpy().astype(np.int64)
         mean, std = statistics(arrays["train_x"])
         self.train, self.test = (
             ImageSplit(arrays[f"{s}_x"], torch.from_numpy(arrays[f"{s}_y"]), mean, std) for s in ("train", "test")
@@ -125,6 +134,8 @@ class Bench:
         def after(entry: Mapping[str, float], trained: nn.Module, mask: Mask) -> Mask | None:
             epoch = int(entry["epoch"])
             if chain is not None:
+                print(f"{row} lr {lr:g} epoch {epoch}: {entry['loss']:.3f} {entry['accuracy']:.4f}", flush=True)
+            if chain is not None:
                 numbers.append(chain.append(trained, mask).nbytes)
                 chain.restore_(other)
                 mine, theirs = other.state_dict(), trained.state_dict()
@@ -156,31 +167,55 @@ def best_rate(bench: Bench, row: Row, rates: list[float], epochs: int) -> float:
             scores[rate] = bench.run(row, rate, epochs, 0, None)[0]
         except DivergedError:
             scores[rate] = 0.0
-        print(f"  lr {rate:g}: {scores[rate]:.4f} on tune", flush=True)
+    print(f"{row}: tuned {scores}", flush=True)
     return max(scores, key=lambda rate: scores[rate])
 
 
-def pack(folder: Path, file: Path) -> None:
-    """Write a fetched CIFAR-10 as one npz, for machines without pyarrow."""
-    import pyarrow.parquet as pq
+def train_row(args: argparse.Namespace, text: str) -> list[str]:
+    """Tune a row and train it for every seed; a process may do this for several rows in turn.
 
-    from pipeline.tasks.image import pixel_array
+    Returns:
+        The cells of its line.
+    """
+    torch.set_num_threads(args.threads)
+    bench, row = _bench(args), Row.of(text)
+    begun = time.monotonic()
+    lr, tuned = best_rate(bench, row, args.rates, args.tune_epochs), time.monotonic()
+    scores, numbers, spent = [], list[Mapping[str, int]](), 0.0
+    for seed in range(args.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                score, seconds, numbers = bench.run(row, lr, args.epochs, seed, Path(folder))
+            except DivergedError as error:
+                print(f"{text}: {error}", flush=True)
+                continue
+        scores.append(score)
+        spent += seconds
+    told = "diverged" if not scores else f"{100 * np.mean(scores):.2f}"
+    told += f" ± {100 * np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
+    size = f"{np.mean([sum(n.values()) for n in numbers]) / 1e3:,.0f}" if scores else "–"
+    took = f"{tuned - begun:.0f} + {time.monotonic() - tuned:.0f}"
+    return [text, f"{lr:g}", str(len(scores)), told, size, took]
 
-    arrays: dict[str, Any] = {}
-    for split in ("train", "test"):
-        columns = pq.read_table(folder / f"{split}.parquet").combine_chunks()
-        arrays[f"{split}_x"] = pixel_array(columns.column("pixels").chunk(0), (3, 32, 32))
-        arrays[f"{split}_y"] = columns.column("label").to_numpy().astype(np.int64)
-    np.savez(file, **arrays)
+
+_benches: dict[Path, Bench] = {}  # of a process: decoding takes seconds
+
+
+def _bench(args: argparse.Namespace) -> Bench:
+    if args.data not in _benches:
+        device = choose_device(args.device)
+        _benches[args.data] = Bench(args.data, args.model, args.batch, args.examples, args.limit, device)
+    return _benches[args.data]
 
 
 def main() -> None:
-    """Pack the data, or train the rows and write the table after each."""
+    """Train the rows and write the table after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--pack", type=Path)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=50_000, help="images of each split at most")
     parser.add_argument("--model", default="resnet34")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=100)
@@ -190,37 +225,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", nargs="+", default=["dense", "fish:0.005:fixed", "fish:0.005:1"])
     args = parser.parse_args()
-    if args.pack:
-        pack(args.pack, args.data)
-        return
-    torch.set_num_threads(args.threads)
-    bench = Bench(args.data, args.model, args.batch, args.examples, choose_device(args.device))
-    lines = []
-    for text in args.rows:
-        row = Row.of(text)
-        print(text, flush=True)
-        lr = best_rate(bench, row, args.rates, args.tune_epochs)
-        scores, begun = [], time.monotonic()
-        for seed in range(args.seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    score, seconds, numbers = bench.run(row, lr, args.epochs, seed, Path(folder))
-                except DivergedError as error:
-                    print(f"  {error}", flush=True)
-                    continue
-            scores.append(score)
-        told = "diverged" if not scores else f"{100 * np.mean(scores):.2f}"
-        told += f" ± {100 * np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
-        size = f"{np.mean([sum(n.values()) for n in numbers]) / 1e3:,.0f}" if scores else "–"
-        speed = f"{args.epochs * bench.sizes['train'] / seconds:,.0f}" if scores else "–"
-        lines.append([text, f"{lr:g}", str(len(scores)), told, size, speed, f"{time.monotonic() - begun:.0f}"])
-        title = f"Rows of Table 4: {args.model}, {args.epochs} epochs, {bench.sizes['train']:,} training images"
-        out = [
-            *header(title, args.device),
-            f"{bench.device.reason}. Test accuracy; each checkpoint restored exactly.",
-        ]
-        columns = ["row", "lr", "n", "accuracy, %", "kB a checkpoint", "images/s, all included", "s"]
-        publish(f"table4-{args.device}.md", [*out, "", *table(columns, lines)])
+    images = min(args.limit, pq.read_metadata(args.data / "train.parquet").num_rows)
+    title = f"Rows of Table 4: {args.model}, {args.epochs} epochs, {images:,} training images"
+    columns = ["row", "lr", "n", "accuracy, %", "kB a checkpoint", "s to tune + train"]
+    lines: dict[str, list[str]] = {}
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(partial(train_row, args), text) for text in args.rows]
+        for future in concurrent.futures.as_completed(futures):
+            line = future.result()
+            lines[line[0]] = line
+            told = [
+                *header(title, args.device),
+                f"Test accuracy after the last epoch; each epoch's checkpoint restored exactly. {args.jobs} rows at once.",
+            ]
+            there = [lines[text] for text in args.rows if text in lines]
+            publish(f"table4-{args.device}.md", [*told, "", *table(columns, there)])
 
 
 if __name__ == "__main__":
