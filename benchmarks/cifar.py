@@ -5,9 +5,9 @@
 
 Contestants, one after the other in every round: ``fit`` on a fish mask of 0.5 % and on all parameters, and plain
 dense loops over torchvision's ResNet-34 (3x3 stem; our own of the same shape where torchvision is missing); each
-as it is and in every ``--compile`` mode of ``torch.compile``. All have their data on the device, augment it there in
-batches (shift, mirror, cut-out), and train in bf16 with channels_last on a GPU. Random pixels: time does not depend
-on them. Writes results/cifar-<device>.md.
+as it is and in every ``--compile`` mode of ``torch.compile``. All have their data on the device, augment it there
+in batches (shift, mirror, cut-out), and train in bf16 with channels_last on a GPU. Random pixels: time does not
+depend on them. Writes results/cifar-<device>.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -143,7 +143,9 @@ def main() -> None:
     parser.add_argument("--model", default="resnet34", help="resnet18, resnet34 or resnet50")
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--compile", nargs="*", default=["default"], metavar="MODE", help="reduce-overhead: CUDA graphs")
+    parser.add_argument(
+        "--compile", nargs="*", default=["default"], metavar="MODE", help="reduce-overhead: CUDA graphs"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)

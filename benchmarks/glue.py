@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import header
-from pipeline.cpu import set_up_cpu
 from pipeline.errors import FishmaskError
 from pipeline.files import write_bytes
 from pipeline.params import Params
 from pipeline.reports.page import write_report
+from pipeline.runtime.cpu import set_up_cpu
+from pipeline.runtime.workspace import Cell, Workspace
+from pipeline.runtime.yaml_files import parse_overrides
 from pipeline.tasks.forgetting import measure
-from pipeline.workspace import Cell, Workspace
-from pipeline.yaml_files import parse_overrides
 from stages import fetch, mask, score, train
 from stages.runner import Stage
 from stages.tune_lr import tune

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.process import end_with_parent
+from pipeline.runtime.process import end_with_parent
 
 _TUNSETIFF, _IFF_TUN_NO_PI = 0x400454CA, 0x0001 | 0x1000
 _MTU = 1500

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rounds import header, publish, synchronize, table
-from pipeline.cpu import set_up_cpu
 from pipeline.fisher import fisher_diagonal
 from pipeline.masks.ranking import Ranking
 from pipeline.masks.selection import selected
 from pipeline.params import Params
+from pipeline.runtime.cpu import set_up_cpu
 from pipeline.training.loop import fit
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.recipe import Recipe

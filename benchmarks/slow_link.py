@@ -28,7 +28,7 @@ from benchmarks.link import End, linked, missing
 from benchmarks.rounds import RESULTS, publish
 from benchmarks.slow_link_figure import draw, rows_of
 from benchmarks.slow_link_worker import WAYS, Setup
-from pipeline.process import interruptible
+from pipeline.runtime.process import interruptible
 
 PORT = 29400
 

@@ -1,13 +1,13 @@
 """Rows of Table 4 on CIFAR-10, everything on the device; needs no DVC and no MLflow.
 
-    python -m benchmarks.table4 --data FOLDER/cifar10 --device cuda --jobs 7 --rows dense fish:0.005:fixed fish:0.005:1
+    python -m benchmarks.table4 --data FOLDER/cifar10 --device cuda --jobs 2 --rows dense fish:0.005:fixed
 
 The folder holds ``train.parquet`` and ``test.parquet`` of encoded images. A row is
 ``METHOD[:DENSITY[:MASK[:leak]]]``, the mask ``fixed`` or the epochs between two. Each row's rate is the best of
-``--rates`` after ``--tune-epochs`` on a fifth of train held out, unless one rate is given. Every epoch's checkpoint
-is a step of a chain, restored and compared bit for bit, as in the stage. ``--jobs`` rows share the device, a process
-each. The table is written anew as each row ends, so that a run that is cut off leaves those it finished; and every
-epoch of every row is printed.
+``--rates`` after ``--tune-epochs`` on a fifth of train held out, unless one rate is given. Every epoch's
+checkpoint is a step of a chain, restored and compared bit for bit, as in the stage. ``--jobs`` rows share the
+device, a process each. The table is written anew as each row ends, so that a run that is cut off leaves those it
+finished; and every epoch of every row is printed.
 """
 
 import argparse
@@ -236,7 +236,8 @@ def main() -> None:
             lines[line[0]] = line
             told = [
                 *header(title, args.device),
-                f"Test accuracy after the last epoch; each epoch's checkpoint restored exactly. {args.jobs} rows at once.",
+                "Test accuracy after the last epoch; each epoch's checkpoint restored exactly. "
+                f"{args.jobs} rows at once.",
             ]
             there = [lines[text] for text in args.rows if text in lines]
             publish(f"table4-{args.device}.md", [*told, "", *table(columns, there)])

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("artifacts", "fisher", "masks", "deltas", "training", "distributed", "tasks", "reports")
+ROOMS = ("artifacts", "fisher", "masks", "deltas", "training", "distributed", "tasks", "reports", "runtime")
 
 
 def imports(file: Path) -> list[str]:

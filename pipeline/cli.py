@@ -29,7 +29,7 @@ app.add_typer(project.app)
 
 def main() -> None:
     """Run the command; an expected failure is one line on stderr and its exit code."""
-    from pipeline.cpu import set_up_cpu
+    from pipeline.runtime.cpu import set_up_cpu
 
     set_up_cpu()
     try:
@@ -44,7 +44,7 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from pipeline.workspace import VERSION
+        from pipeline.runtime.workspace import VERSION
 
         print(f"fishmask {VERSION}")
         raise typer.Exit

@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 from pipeline import profiles
-from pipeline.workspace import VERSION, Workspace
+from pipeline.runtime.workspace import VERSION, Workspace
 
 _PACKAGES = ("torch", "torchvision", "transformers", "datasets", "dvc", "mlflow", "typer", "safetensors", "numpy")
 

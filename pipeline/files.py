@@ -26,11 +26,11 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from pipeline.atomic import replace_file
-from pipeline.canonical import canonical_json, strict_json
-from pipeline.canonical import plain_json as plain_json
 from pipeline.errors import ArtifactError, ForeignError, ParamsError
 from pipeline.parameters import tensor_bytes
+from pipeline.runtime.atomic import replace_file
+from pipeline.runtime.canonical import canonical_json, strict_json
+from pipeline.runtime.canonical import plain_json as plain_json
 
 DTYPES = {
     "BF16": torch.bfloat16,

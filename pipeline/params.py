@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ParamsError, unknown
-from pipeline.yaml_files import plain, read_yaml, row_of, set_key
+from pipeline.runtime.yaml_files import plain, read_yaml, row_of, set_key
 
 Density = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]

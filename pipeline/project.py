@@ -16,8 +16,8 @@ from rich.table import Table
 
 from pipeline.errors import FishmaskError
 from pipeline.params import Params
-from pipeline.warm import warm_process
-from pipeline.workspace import Cell, Workspace
+from pipeline.runtime.warm import warm_process
+from pipeline.runtime.workspace import Cell, Workspace
 
 _FEW = 2  # stages that are started cold: warming up would cost as much
 

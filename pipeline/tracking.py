@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.mlflow_run import Run, line_of, warn
-from pipeline.mlflow_store import (
+from pipeline.runtime.mlflow_run import Run, line_of, warn
+from pipeline.runtime.mlflow_store import (
     connect,
     open_client,
     project_root,
@@ -26,7 +26,7 @@ from pipeline.mlflow_store import (
     uninterrupted,
     workspace_root,
 )
-from pipeline.provenance import dvc_tags, git_tags
+from pipeline.runtime.provenance import dvc_tags, git_tags
 
 __all__ = ["Run", "Tracker", "project_root", "runs_of", "tracking_uri", "ui"]
 

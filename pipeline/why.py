@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ParamsError, unknown
-from pipeline.workspace import Workspace
-from pipeline.yaml_files import read_yaml
+from pipeline.runtime.workspace import Workspace
+from pipeline.runtime.yaml_files import read_yaml
 
 _STAGES = ("train", "checkpoint", "distribute")
 """Those that give scores; a name that several have means the first's, or stands behind ``STAGE/``."""

@@ -19,7 +19,7 @@ from pipeline.distributed.collectives import Collectives
 from pipeline.distributed.launch import TIMEOUT, is_worker, joined, launch
 from pipeline.errors import ParamsError
 from pipeline.params import DistributeParams
-from pipeline.process import interruptible
+from pipeline.runtime.process import interruptible
 from pipeline.tasks.base import Task
 from pipeline.tasks.shared_run import FILES, sharing_of, train_shared
 from pipeline.training.device import Device, choose_device

@@ -8,13 +8,13 @@ learns its mask takes as long as dense training.
 
 from pipeline.masks.ranking import Ranking
 from pipeline.parameters import base_digest
+from pipeline.runtime.workspace import VERSION, ranking_file
 from pipeline.tasks.base import Task
 from pipeline.tasks.choosing import Learning, choose, parameters_of
 from pipeline.training.device import choose_device
 from pipeline.training.methods import method_named
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import fingerprint
-from pipeline.workspace import VERSION, ranking_file
 from stages.runner import Stage, main, use_threads
 
 

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.atomic_folder import put_in_place
 from pipeline.errors import FishmaskError, ParamsError, StorageError
 from pipeline.files import write_json
 from pipeline.params import Params
-from pipeline.process import alone, end_with_parent, interruptible
+from pipeline.runtime.atomic_folder import put_in_place
+from pipeline.runtime.process import alone, end_with_parent, interruptible
+from pipeline.runtime.workspace import VERSION, Cell, Workspace, code_digest
 from pipeline.tracking import Run, Tracker
 from pipeline.training.resume import fingerprint
-from pipeline.workspace import VERSION, Cell, Workspace, code_digest
 
 if TYPE_CHECKING:
     from pipeline.tasks.base import Task

@@ -15,12 +15,12 @@ from pipeline.masks.ranking import Ranking
 from pipeline.masks.selection import selected
 from pipeline.parameters import base_digest
 from pipeline.params import ScoreParams
-from pipeline.progress import ProgressLine
+from pipeline.runtime.progress import ProgressLine
+from pipeline.runtime.workspace import VERSION, ranking_file
 from pipeline.tasks.base import Task
 from pipeline.tasks.scoring import raw_scores
 from pipeline.training.device import Device, choose_device
 from pipeline.training.resume import fingerprint
-from pipeline.workspace import VERSION, ranking_file
 from stages.runner import Stage, main, use_threads
 
 _PASS = ("kind", "power", "heads", "warm_head")  # what a pass over the examples depends on

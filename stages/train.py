@@ -19,6 +19,7 @@ from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
 from pipeline.parameters import base_digest
+from pipeline.runtime.workspace import code_digest
 from pipeline.tasks.adapters import FOLDER as ADAPTER
 from pipeline.tasks.adapters import save_adapter
 from pipeline.tasks.base import Task
@@ -29,7 +30,6 @@ from pipeline.tracking import Run
 from pipeline.training.device import Device, choose_device
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import ResumeFile, fingerprint
-from pipeline.workspace import code_digest
 from stages.runner import Stage, main, use_threads
 
 MISMATCHED = "validation_mismatched"  # MNLI's second validation split: other genres than its training data's

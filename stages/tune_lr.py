@@ -23,6 +23,8 @@ from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
 from pipeline.params import Params, SettingParams, TaskParams
+from pipeline.runtime.workspace import Cell, Workspace
+from pipeline.runtime.yaml_files import edit_yaml
 from pipeline.tasks.base import Task
 from pipeline.tasks.choosing import Learning, choose, trained_model
 from pipeline.tasks.fitting import fit_task
@@ -31,8 +33,6 @@ from pipeline.training.device import Device, choose_device
 from pipeline.training.halving import best_rate, halving
 from pipeline.training.methods import method_named
 from pipeline.training.recipe import Recipe
-from pipeline.workspace import Cell, Workspace
-from pipeline.yaml_files import edit_yaml
 from stages.runner import use_threads
 
 REACH = 4

@@ -12,7 +12,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from pipeline.cpu import set_up_cpu
+from pipeline.runtime.cpu import set_up_cpu
 
 set_up_cpu()  # before torch: tests compare their own process with stages in processes of their own, bit for bit
 hypothesis.settings.register_profile("fishmask", deadline=None)  # nothing is timed: these machines are noisy

@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipeline import atomic, files
+from pipeline import files
 from pipeline.errors import ArtifactError, ParamsError, StorageError
+from pipeline.runtime import atomic
 
 SECTIONS = {
     "values": torch.tensor([1.5, -0.0, 3e-45]),

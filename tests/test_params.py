@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import ParamsError
 from pipeline.params import Params
-from pipeline.yaml_files import edit_yaml, parse_overrides
+from pipeline.runtime.yaml_files import edit_yaml, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "params.yaml").read_text()

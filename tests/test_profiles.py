@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.params import Params
+from pipeline.runtime.yaml_files import read_yaml
 from pipeline.tasks.glue import TASKS
 from pipeline.training.methods import method_named
-from pipeline.yaml_files import read_yaml
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "pipeline" / "profiles").glob("*.yaml"))

@@ -16,14 +16,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from pipeline.errors import Interrupted, ParamsError, StorageError
-from pipeline.mlflow_store import connect, ui
-from pipeline.provenance import dvc_tags, git_tags
+from pipeline.runtime.mlflow_store import connect, ui
+from pipeline.runtime.provenance import dvc_tags, git_tags
 from pipeline.tracking import Tracker, project_root, runs_of, tracking_uri
 
 REPOSITORY = Path(__file__).parent.parent
 WORKER = """
 import sys, time
-from pipeline.process import interruptible
+from pipeline.runtime.process import interruptible
 from pipeline.tracking import Tracker
 
 cell = Tracker.open("exp").cell("train", "c", params={"lr": 1}, tags={}, fingerprint=sys.argv[1])

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from pipeline.artifacts.checkpoints import INDEX, Checkpoint
 from pipeline.artifacts.rewriting import Edit, rewrite
 from pipeline.artifacts.streaming import Streamed
-from pipeline.atomic_folder import replace_folder
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.origin import decode_
 from pipeline.deltas.target import dtype_name
 from pipeline.errors import MismatchError, ModelError, ParamsError
+from pipeline.runtime.atomic_folder import replace_folder
 from pipeline.tasks.saved import adapted_config, load_model, save_model
 from pipeline.tasks.sources import ZOOS, package_model, parse
 

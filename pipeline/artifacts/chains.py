@@ -10,12 +10,12 @@ from rich.table import Column, Table
 from pipeline.artifacts.application import Done, check_out, located
 from pipeline.artifacts.checkpoints import Checkpoint
 from pipeline.artifacts.rewriting import write_tensors
-from pipeline.atomic_folder import replace_folder
 from pipeline.deltas.chain import Chain
 from pipeline.deltas.steps import PARTS
 from pipeline.deltas.target import Model
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.parameters import tensor_bytes
+from pipeline.runtime.atomic_folder import replace_folder
 from pipeline.tasks.saved import load_model, save_model
 
 

@@ -15,8 +15,8 @@ from pipeline.deltas.target import Layout, dtype_name
 from pipeline.errors import MismatchError, ModelError, ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex, byte_view, digest_of_digests, take, tensor_digest
+from pipeline.runtime.workspace import VERSION
 from pipeline.tasks.saved import classifier_info
-from pipeline.workspace import VERSION
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 _UNKNOWN = "0" * SHORT  # for the digest of a tensor that the base does not have

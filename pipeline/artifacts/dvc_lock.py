@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ParamsError
-from pipeline.yaml_files import read_yaml
+from pipeline.runtime.yaml_files import read_yaml
 
 _FOLDER = ".dir"  # ends the hash of a folder
 

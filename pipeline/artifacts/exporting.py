@@ -10,11 +10,11 @@ from pipeline.artifacts import application
 from pipeline.artifacts.application import Done, built, check_out, located
 from pipeline.artifacts.checkpoints import Checkpoint
 from pipeline.artifacts.streaming import Streamed
-from pipeline.atomic_folder import replace_folder
 from pipeline.deltas import adapter, exports
 from pipeline.deltas.delta import Delta
 from pipeline.errors import ParamsError
 from pipeline.files import write_bytes, write_json
+from pipeline.runtime.atomic_folder import replace_folder
 
 FORMATS = ("dense", "peft", "git-theta", "vllm")
 

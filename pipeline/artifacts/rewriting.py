@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline.artifacts.checkpoints import DTYPES, Checkpoint
-from pipeline.atomic import replace_file
-from pipeline.atomic_folder import replace_folder
 from pipeline.parameters import Shape, put_, tensor_bytes
+from pipeline.runtime.atomic import replace_file
+from pipeline.runtime.atomic_folder import replace_folder
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}

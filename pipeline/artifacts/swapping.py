@@ -21,7 +21,7 @@ from pipeline.deltas.target import Model, Target, persistent_buffers
 from pipeline.deltas.variants import Variants
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.parameters import digest_of_digests, tensor_digest
-from pipeline.progress import ProgressLine
+from pipeline.runtime.progress import ProgressLine
 
 
 def rehearse(files: Sequence[Path], base: str, *, rounds: int = 10) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pipeline.artifacts import dvc_lock
 from pipeline.artifacts.dvc_lock import Out
 from pipeline.artifacts.inspection import READERS
 from pipeline.errors import ArtifactError, ForeignError
-from pipeline.progress import ProgressLine
-from pipeline.workspace import Workspace
+from pipeline.runtime.progress import ProgressLine
+from pipeline.runtime.workspace import Workspace
 
 OK, MISSING, CHANGED, DAMAGED, FOREIGN = "ok", "missing", "changed", "damaged", "foreign"
 _BAD = (DAMAGED, CHANGED, MISSING)

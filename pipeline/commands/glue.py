@@ -23,11 +23,11 @@ def submission(
     """Write a trained cell's predictions of a GLUE test split as the server's TSV files."""
     from pipeline.errors import ParamsError, StorageError
     from pipeline.params import Params
+    from pipeline.runtime.workspace import Cell, Workspace
     from pipeline.tasks.base import Task as TaskData
     from pipeline.tasks.server import write_predictions
     from pipeline.tasks.trained import trained
     from pipeline.training.device import choose_device
-    from pipeline.workspace import Cell, Workspace
 
     workspace = Workspace.here()
     params = Params.load(workspace.root / "params.yaml")
@@ -55,8 +55,8 @@ def forget(
 ) -> None:
     """Measure what training on one task costs the others, and how far it moves from the base."""
     from pipeline.params import Params
+    from pipeline.runtime.workspace import Workspace
     from pipeline.tasks.forgetting import measure
-    from pipeline.workspace import Workspace
 
     workspace = Workspace.here()
     file = measure(workspace, Params.load(workspace.root / "params.yaml"), method, setting, probe)

@@ -24,8 +24,8 @@ def ui(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
 ) -> None:
     """Open MLflow on this project's runs."""
+    from pipeline.runtime.workspace import Workspace
     from pipeline.tracking import ui as serve
-    from pipeline.workspace import Workspace
 
     raise typer.Exit(serve(Workspace.here().home, port=port, host=host))
 

@@ -29,8 +29,8 @@ def run_stage(
     """Run one stage's cell in this process, exactly as DVC would."""
     from pipeline.distributed.launch import is_worker
     from pipeline.params import Params
-    from pipeline.workspace import Cell, Workspace
-    from pipeline.yaml_files import parse_overrides
+    from pipeline.runtime.workspace import Cell, Workspace
+    from pipeline.runtime.yaml_files import parse_overrides
     from stages.runner import Stage
 
     workspace = Workspace.here()
@@ -125,7 +125,7 @@ def distribute(
     says where.
     """
     from pipeline.params import Params
-    from pipeline.workspace import Cell, Workspace
+    from pipeline.runtime.workspace import Cell, Workspace
     from stages import distribute as module
 
     workspace = Workspace.here()
@@ -158,7 +158,7 @@ def tune_lr(
 ) -> None:
     """Find each method's learning rate on a split of train, never on the reported split."""
     from pipeline.params import Params
-    from pipeline.workspace import Workspace
+    from pipeline.runtime.workspace import Workspace
     from stages.tune_lr import tune
 
     workspace = Workspace.here()

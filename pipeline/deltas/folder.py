@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.atomic import remove_file
 from pipeline.deltas import chain_base
 from pipeline.deltas import steps as forms
 from pipeline.deltas.chain_base import Root
@@ -18,6 +17,7 @@ from pipeline.deltas.steps import Step
 from pipeline.deltas.target import Target
 from pipeline.errors import ArtifactError, BusyError, ParamsError, StorageError
 from pipeline.masks.mask import Mask
+from pipeline.runtime.atomic import remove_file
 
 
 class Folder:

@@ -40,7 +40,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from pipeline.distributed.collectives import Collectives
 from pipeline.errors import Interrupted, WorkerError
-from pipeline.process import end_with_parent
+from pipeline.runtime.process import end_with_parent
 
 TIMEOUT = 300.0
 """Seconds that an exchange may take; rank 0's evaluation and saving count, the others wait for it."""

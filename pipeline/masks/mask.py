@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from pipeline import files
-from pipeline.canonical import plain_json
 from pipeline.errors import ArtifactError, ParamsError
 from pipeline.masks import codec
 from pipeline.masks.budget import split_budget
 from pipeline.masks.coordinates import Coordinates, checked, joined, refuse_unknown
 from pipeline.masks.topk import top_coordinates
 from pipeline.parameters import ParameterIndex, tensor_bytes
+from pipeline.runtime.canonical import plain_json
 
 FORMAT = "fishmask-mask"
 VERSION = 1

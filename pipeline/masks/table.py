@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-from pipeline.canonical import canonical_json, strict_json
 from pipeline.masks.squeeze import bound, expand, squeeze
 from pipeline.parameters import ParameterIndex
+from pipeline.runtime.canonical import canonical_json, strict_json
 
 _DIMENSIONS = 64  # of a tensor, as in numpy: the product of very many sizes would take a reader minutes
 

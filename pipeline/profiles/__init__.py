@@ -4,8 +4,8 @@ from importlib.resources import files
 
 from pipeline.errors import ParamsError, unknown
 from pipeline.files import write_bytes
-from pipeline.workspace import Workspace
-from pipeline.yaml_files import read_yaml
+from pipeline.runtime.workspace import Workspace
+from pipeline.runtime.yaml_files import read_yaml
 
 
 def names() -> list[str]:

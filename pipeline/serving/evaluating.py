@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pipeline.errors import DataError, ParamsError, unknown
 from pipeline.losses import losses_from
-from pipeline.progress import ProgressLine
+from pipeline.runtime.progress import ProgressLine
 from pipeline.serving.interface import Interface
 from pipeline.serving.predicting import opened, read, say, say_cut
 from pipeline.serving.predictor import Predictor

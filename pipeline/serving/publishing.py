@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts.application import Done, check_out
-from pipeline.atomic_folder import replace_folder
 from pipeline.deltas.delta import Delta
 from pipeline.errors import ParamsError
 from pipeline.files import write_bytes
+from pipeline.runtime.atomic_folder import replace_folder
 from pipeline.serving.card import model_card
 from pipeline.serving.interface import Asked, read_delta
 from pipeline.serving.predicting import say

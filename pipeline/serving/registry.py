@@ -21,8 +21,9 @@ import pyarrow as pa
 from pipeline.artifacts.application import Done
 from pipeline.errors import DataError, FishmaskError, ParamsError, StorageError
 from pipeline.files import write_bytes
-from pipeline.mlflow_store import Store, connect, project_root, tracking_uri
-from pipeline.provenance import git_tags
+from pipeline.runtime.mlflow_store import Store, connect, project_root, tracking_uri
+from pipeline.runtime.provenance import git_tags
+from pipeline.runtime.workspace import VERSION
 from pipeline.serving.interface import Asked, parse_deltas
 from pipeline.serving.predictor import Predictor
 from pipeline.serving.questions import IMAGE, columns_to_read, read_rows
@@ -30,7 +31,6 @@ from pipeline.tasks.custom import FILE
 from pipeline.tasks.raw import RawSplit
 from pipeline.tasks.sources import parse
 from pipeline.tuning.manifest import DELTA
-from pipeline.workspace import VERSION
 
 EXPERIMENT = "fishmask-models"
 DELTAS = "deltas"

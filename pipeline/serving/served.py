@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from pipeline.cpu import set_up_cpu
+from pipeline.runtime.cpu import set_up_cpu
 
 set_up_cpu()  # torch is not imported yet: what it computes is what `fishmask predict` does
 

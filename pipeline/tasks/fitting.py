@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from pipeline.masks.mask import Mask
-from pipeline.progress import ProgressLine
+from pipeline.runtime.progress import ProgressLine
 from pipeline.tasks.base import Task
 from pipeline.training.device import Device
 from pipeline.training.leak import LeakyParameters

@@ -18,11 +18,11 @@ from pipeline.files import write_json
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex
 from pipeline.params import Params
-from pipeline.progress import ProgressLine
+from pipeline.runtime.progress import ProgressLine
+from pipeline.runtime.workspace import Cell, Workspace
 from pipeline.tasks.base import Task
 from pipeline.tasks.trained import trained
 from pipeline.training.device import choose_device
-from pipeline.workspace import Cell, Workspace
 
 
 def measure(workspace: Workspace, params: Params, method: str, setting: str, probe: str) -> Path:

@@ -16,7 +16,7 @@ from pipeline.losses import example_losses, to_device
 from pipeline.masks.mask import Mask
 from pipeline.masks.select import dense
 from pipeline.parameters import ParameterIndex, unwrapped
-from pipeline.progress import ProgressLine
+from pipeline.runtime.progress import ProgressLine
 from pipeline.tasks.base import Task
 from pipeline.training.device import Device
 from pipeline.training.loop import fit

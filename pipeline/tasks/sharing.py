@@ -15,7 +15,7 @@ from pipeline.errors import DivergedError, ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.masks.select import dense
 from pipeline.parameters import ParameterIndex
-from pipeline.progress import ProgressLine
+from pipeline.runtime.progress import ProgressLine
 from pipeline.tasks.base import Task
 from pipeline.tasks.batches import Batches
 from pipeline.tasks.draws import Rows, permutation

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.canonical import strict_json
 from pipeline.errors import ArtifactError, unknown
 from pipeline.files import write_json
+from pipeline.runtime.canonical import strict_json
 
 FORMAT, VERSION = "fishmask-tune", 1
 FILE, DELTA, CARD = "tune.json", "delta.safetensors", "README.md"

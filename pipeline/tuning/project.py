@@ -10,7 +10,6 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline import profiles
-from pipeline.atomic_folder import replace_folder
 from pipeline.errors import DataError, ParamsError
 from pipeline.files import write_bytes
 from pipeline.params import (
@@ -25,6 +24,8 @@ from pipeline.params import (
     TaskParams,
     TrainParams,
 )
+from pipeline.runtime.atomic_folder import replace_folder
+from pipeline.runtime.workspace import Workspace
 from pipeline.tasks.custom import read_own
 from pipeline.tasks.fetch import fetch
 from pipeline.tasks.sources import parse
@@ -32,7 +33,6 @@ from pipeline.tuning.columns import choose
 from pipeline.tuning.manifest import Tuned
 from pipeline.tuning.pictures import Frame
 from pipeline.tuning.rows import LABEL, prepare
-from pipeline.workspace import Workspace
 
 _KEEP = 0.1  # of all coordinates, that a ranking keeps at least
 

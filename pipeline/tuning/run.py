@@ -19,6 +19,7 @@ from pipeline.deltas.delta import Delta
 from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
+from pipeline.runtime.workspace import VERSION, code_digest
 from pipeline.tasks.base import Task
 from pipeline.tasks.fitting import EVALUATION, fit_task
 from pipeline.tasks.scoring import scores_for
@@ -33,7 +34,6 @@ from pipeline.tuning.manifest import DELTA
 from pipeline.tuning.plan import Plan
 from pipeline.tuning.rates import search
 from pipeline.tuning.recorded import recorded
-from pipeline.workspace import VERSION, code_digest
 
 EXPERIMENT = "fishmask-tune"
 _FEW = 128  # examples scored for a search of rates, where the mask need not be the final one

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Interrupted, ParamsError, StorageError
-from pipeline.process import alone, interruptible
+from pipeline.runtime.process import alone, interruptible
 from pipeline.tasks.metrics import needs_regression
 from pipeline.tuning.manifest import FILE, Tuned
 from pipeline.tuning.plan import PLAN, Asked, Plan

@@ -4,11 +4,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.atomic_folder import replace_folder
 from pipeline.files import write_bytes
+from pipeline.runtime.atomic_folder import replace_folder
+from pipeline.runtime.workspace import VERSION
 from pipeline.tuning import card, manifest
 from pipeline.tuning.run import Trainer
-from pipeline.workspace import VERSION
 
 
 def write(trainer: Trainer, results: dict[str, Any], out: Path) -> manifest.Tuned:

@@ -484,7 +484,7 @@ def dies_at(moment: int, patch: pytest.MonkeyPatch) -> Callable[[], int]:
     Returns:
         A function that tells how many changes were tried.
     """
-    from pipeline import atomic
+    from pipeline.runtime import atomic
 
     count = 0
 
@@ -563,7 +563,7 @@ def test_a_death_at_any_change_of_the_disk_loses_nothing(tmp_path: Path, work: s
 def test_a_full_disk_leaves_the_chain_and_the_object_usable(tmp_path: Path) -> None:
     import errno
 
-    from pipeline import atomic
+    from pipeline.runtime import atomic
 
     chain, model, expected = grown(tmp_path / "run", [1])
     before = files_in(tmp_path / "run")

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline import files
-from pipeline.canonical import canonical_json
 from pipeline.errors import ArtifactError
 from pipeline.masks import codec, rice, stairs
 from pipeline.masks.mask import FORMAT, VERSION, Mask
 from pipeline.masks.ranking import Ranking
 from pipeline.masks.squeeze import pack_integers, squeeze
 from pipeline.masks.table import read_table
+from pipeline.runtime.canonical import canonical_json
 
 
 @pytest.fixture(params=["mask", "ranking"])

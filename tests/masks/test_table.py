@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.canonical import canonical_json
 from pipeline.masks.squeeze import expand, squeeze
 from pipeline.masks.table import Stream, read_table, write_table
 from pipeline.parameters import ParameterIndex
+from pipeline.runtime.canonical import canonical_json
 
 NAME = st.one_of(
     st.text(max_size=8), st.lists(st.sampled_from(["a", "b", "", "0", " ", "é"]), max_size=6).map(".".join)

@@ -9,7 +9,7 @@ import pytest
 from pipeline.deltas.chain import Chain
 from pipeline.errors import ParamsError
 from pipeline.params import Params
-from pipeline.workspace import Cell, Workspace
+from pipeline.runtime.workspace import Cell, Workspace
 from stages import checkpoint, fetch
 from stages.runner import Stage
 

@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.params import Params
-from pipeline.workspace import Cell, Workspace
+from pipeline.runtime.workspace import Cell, Workspace
 from stages import aggregate
 from stages.runner import Stage
 
@@ -24,13 +24,14 @@ STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 CORE = [
     "parameters.py",
     "files.py",
-    "atomic.py",
-    "canonical.py",
+    "runtime/atomic.py",
+    "runtime/canonical.py",
     "losses.py",
     "fisher",
     "masks",
     "deltas",
     "training",
+    "distributed",
 ]
 EXPERIMENTS = ("checkpoint", "distribute")
 HEAVY = {"mlflow", "dvc", "datasets", "typer", "pydantic", "transformers", "pyarrow", "sklearn", "rich"}

@@ -8,9 +8,9 @@ from pipeline.errors import ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.masks.ranking import Ranking
 from pipeline.params import Params
+from pipeline.runtime.workspace import Cell, Workspace, ranking_file
 from pipeline.tasks.base import Task
 from pipeline.tasks.scoring import scores_for
-from pipeline.workspace import Cell, Workspace, ranking_file
 from stages import fetch, mask, score
 from stages.runner import Stage
 

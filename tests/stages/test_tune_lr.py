@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from pipeline.params import Params
-from pipeline.workspace import Cell, Workspace
+from pipeline.runtime.workspace import Cell, Workspace
 from stages.tune_lr import tune
 
 

@@ -12,10 +12,10 @@ from pipeline.masks.mask import Mask
 from pipeline.masks.select import random
 from pipeline.parameters import ParameterIndex
 from pipeline.params import Params
+from pipeline.runtime.workspace import Cell, Workspace
 from pipeline.tasks.base import Task
 from pipeline.tasks.forgetting import body, distance, measure, overlaps, transplant_
 from pipeline.tasks.trained import trained
-from pipeline.workspace import Cell, Workspace
 from stages import fetch, mask, train
 from stages.runner import Stage
 

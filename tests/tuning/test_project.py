@@ -8,10 +8,10 @@ import pytest
 from pipeline.deltas.delta import Delta
 from pipeline.errors import DataError, ParamsError
 from pipeline.params import Params
+from pipeline.runtime.workspace import Cell, Workspace
 from pipeline.tuning.plan import Asked
 from pipeline.tuning.project import new_profile
 from pipeline.tuning.tune import tune
-from pipeline.workspace import Cell, Workspace
 
 
 @pytest.fixture

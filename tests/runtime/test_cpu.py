@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pipeline.cpu import set_up_cpu
+from pipeline.runtime.cpu import set_up_cpu
 
 SHOW = "import {}; import torch; print(torch.backends.cpu.get_cpu_capability())"
 

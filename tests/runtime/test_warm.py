@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.warm import SOCKET, warm_process
+from pipeline.runtime.warm import SOCKET, warm_process
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +20,7 @@ def package(tmp_path_factory):
     root = tmp_path_factory.mktemp("package")
     folder = root / "stages"
     folder.mkdir()
-    (folder / "__init__.py").write_text("from pipeline.warm import hand_over\nhand_over()\n")
+    (folder / "__init__.py").write_text("from pipeline.runtime.warm import hand_over\nhand_over()\n")
     (folder / "probe.py").write_text(
         "import os, sys, time\n"
         "what = sys.argv[1]\n"

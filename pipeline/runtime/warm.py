@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-from pipeline.cpu import set_up_cpu
-from pipeline.process import end_with_parent
+from pipeline.runtime.cpu import set_up_cpu
+from pipeline.runtime.process import end_with_parent
 
 SOCKET = "FISHMASK_WARM"
 """The environment variable that names the socket."""
@@ -63,7 +63,8 @@ def warm_process() -> Iterator[dict[str, str]]:
             listener.bind(address)
             listener.listen()  # from here on stages wait in the queue, until the imports are done
             number = listener.fileno()
-            process = subprocess.Popen([sys.executable, "-m", "pipeline.warm", str(number)], pass_fds=[number])
+            command = [sys.executable, "-m", "pipeline.runtime.warm", str(number)]
+            process = subprocess.Popen(command, pass_fds=[number])
         try:
             yield {SOCKET: address}
         finally:

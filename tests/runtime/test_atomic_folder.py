@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import atomic_folder
-from pipeline.atomic import replace_file
-from pipeline.atomic_folder import replace_folder
 from pipeline.errors import StorageError
+from pipeline.runtime import atomic_folder
+from pipeline.runtime.atomic import replace_file
+from pipeline.runtime.atomic_folder import replace_folder
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -94,8 +94,8 @@ def test_every_folder_is_synced_before_the_move(old, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pipeline import atomic_folder
-from pipeline.atomic import replace_file
+from pipeline.runtime import atomic_folder
+from pipeline.runtime.atomic import replace_file
 
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import BusyError, Interrupted
-from pipeline.process import alone, interruptible
+from pipeline.runtime.process import alone, interruptible
 
 
 def start(code, *arguments):
@@ -22,7 +22,7 @@ def start(code, *arguments):
 HOLD = """
     import sys, time
     from pathlib import Path
-    from pipeline.process import alone
+    from pipeline.runtime.process import alone
     with alone(Path(sys.argv[1]), "train words"):
         print("held", flush=True)
         time.sleep(60)
@@ -56,7 +56,7 @@ def test_sigterm_becomes_an_expected_failure_and_the_handler_is_restored():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("shell", [False, True])
 def test_a_stage_ends_when_its_parent_is_killed(shell):
-    child = "import time; from pipeline.process import end_with_parent; end_with_parent(); "
+    child = "import time; from pipeline.runtime.process import end_with_parent; end_with_parent(); "
     child += "print('up', flush=True); time.sleep(60)"
     parent = f"""
         import subprocess, sys

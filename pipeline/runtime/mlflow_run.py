@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Interrupted, StorageError
-from pipeline.mlflow_store import Store, uninterrupted
+from pipeline.runtime.mlflow_store import Store, uninterrupted
 
 _FLUSH_POINTS = 500
 _FLUSH_SECONDS = 10.0
