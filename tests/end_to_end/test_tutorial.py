@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,7 @@ def test_the_tutorial_as_it_stands(tmp_path):
         )  # fmt: skip
         try:
             shell.wait(1100)
+            assert _ended(shell.pid, 60), (tmp_path / "server.log").read_text()[-3000:]  # `kill %1` ends it all
         finally:
             _end(shell)
     printed = (tmp_path / "printed.txt").read_text()
@@ -128,12 +130,31 @@ def _check_what_was_made(folder, answer):
     assert scores["fish"]["accuracy"] > scores["head"]["accuracy"]
 
 
+def _processes(session):
+    """The living processes of a session, by /proc: with job control each job leads a group of its own."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, _, its, *_ = path.read_text().rpartition(") ")[2].split()
+            if int(its) == session and state != "Z":
+                yield int(path.parent.name)
+
+
+def _ended(session, seconds):
+    """Wait until a session has no process: a server's worker outlives by a moment the process waited for."""
+    until = time.monotonic() + seconds
+    while any(_processes(session)):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def _end(shell):
-    """End the shell's children: with job control each of them leads a group of its own."""
-    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-        for child in Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split():
+    """End the shell and all that it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in _processes(shell.pid):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(int(child), signal.SIGTERM)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(shell.pid, signal.SIGTERM)
+                os.kill(process, number)
+        if _ended(shell.pid, 30):
+            break
     shell.wait(60)
