@@ -2,9 +2,13 @@
 
 import copy
 import json
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline import Chain, Mask, ParameterIndex, cli
+from pipeline.artifacts import chains
 from tests.artifacts.test_application import tune, write_base
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -115,33 +122,48 @@ def test_squash_and_prune_keep_what_they_say(tmp_path, states, kept, run):
     assert run("list", tmp_path)[0] == 5
 
 
-def test_a_chain_that_names_its_model_is_restored_as_a_folder(tmp_path, run):
-    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+def bert_chain(folder):
+    """A chain that names its model, of one step; the model as it is then."""
+    from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        vocab_size=30000, hidden_size=40, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
         max_position_embeddings=8, num_labels=3,
     )  # fmt: skip
     model = BertForSequenceClassification(config)
-    model.save_pretrained(tmp_path / "bert")
-    (tmp_path / "bert" / "vocab.txt").write_text(
+    model.save_pretrained(folder / "bert")
+    (folder / "bert" / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]) + "\n"
     )
-    (tmp_path / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    info = {"model": str(tmp_path / "bert"), "kind": "text", "outputs": 3, "classes": None, "seed": 0}
-    chain = Chain.create(tmp_path / "chain", model, info=info)
+    (folder / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    info = {"model": str(folder / "bert"), "kind": "text", "outputs": 3, "classes": None, "seed": 0}
+    chain = Chain.create(folder / "chain", model, info=info)
     mask = Mask.covering(ParameterIndex.of(model), ["classifier.weight"])
     with torch.no_grad():
         model.classifier.weight.normal_()
     chain.append(model, mask)
-    before = {file: file.read_bytes() for file in (tmp_path / "chain").iterdir()}
+    return model
+
+
+def content(path):
+    """A file's bytes, those of a folder's files by name, or None."""
+    if path.is_dir():
+        return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    return path.read_bytes() if path.exists() else None
+
+
+def test_a_chain_that_names_its_model_is_restored_as_a_folder(tmp_path, run):
+    from transformers import AutoModelForSequenceClassification
+
+    model = bert_chain(tmp_path)
+    before = content(tmp_path / "chain")
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "stale.txt").write_text("of an older model")
     assert "--force" in run("restore", tmp_path / "chain", "-o", tmp_path / "tuned")[2]
     code, _, err = run("restore", tmp_path / "chain", "-o", tmp_path / "tuned", "--force")
     assert code == 0 and not (tmp_path / "tuned" / "stale.txt").exists(), err
-    assert {file: file.read_bytes() for file in (tmp_path / "chain").iterdir()} == before
+    assert content(tmp_path / "chain") == before
     tuned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
     assert all(torch.equal(tuned.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -169,6 +191,48 @@ def test_the_base_may_be_given_as_any_checkpoint(tmp_path, run, layout):
         "restore", tmp_path / "chain", "-o", out, "--base", tmp_path / "tuned.safetensors", "--force"
     )
     assert code == 6 and "is not the delta's base" in err
+
+
+def restore_until_killed(chain, out):
+    draw = random.Random(os.getpid())
+    while True:
+        chains.restore(chain, draw.randrange(2), out, None, force=True)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "folder"])
+def test_what_is_restored_is_whole_whenever_the_command_is_killed(tmp_path, name):
+    """Killed at random moments, some of them in the midst of writing, as is seen by what lies beside then."""
+    bert_chain(tmp_path)
+    chain, out, made = tmp_path / "chain", tmp_path / name, []
+    before = content(chain)
+    for step in range(2):
+        chains.restore(chain, step, out, None, force=True)
+        made.append(content(out))
+    assert made[0] != made[1]
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    draw, seen, torn, patience = random.Random(1), [None], 0, 1.0
+    for kill in range(300):
+        if kill >= 30 and torn >= 3 and all(state in seen for state in made):
+            break
+        child = os.fork()
+        if child == 0:
+            try:
+                restore_until_killed(chain, out)
+            finally:
+                os._exit(1)  # only an error gets here
+        time.sleep(patience * draw.uniform(0.01, 0.08))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the writer failed before it was killed"
+        seen.append(content(out))
+        assert seen[-1] in made or seen == [None] * len(seen)
+        assert content(chain) == before
+        left = [path for path in tmp_path.iterdir() if path.name.startswith(f".{name}.")]
+        torn += any(content(path) not in made for path in left)
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if seen[-2] == seen[-1]:
+            patience = min(1.1 * patience, 5)  # on a loaded machine a writer gets less far
+    assert torn >= 3 and all(state in seen for state in made)
 
 
 MEMORY = """
