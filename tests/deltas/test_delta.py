@@ -1,6 +1,8 @@
 """Delta: exact apply, revert and swap; a wrong base refused; all or nothing."""
 
 import copy
+from itertools import combinations
+from math import prod
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from pipeline.deltas import target as writing
 from pipeline.deltas.delta import Delta
+from pipeline.deltas.thin import content_digest
 from pipeline.errors import MismatchError, ParamsError
-from pipeline.masks import codec
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex, base_digest
 
@@ -482,33 +484,44 @@ def test_the_digest_is_of_the_content_alone() -> None:
 
 
 def test_the_digest_knows_no_file_order_coder_or_provenance(tmp_path, monkeypatch) -> None:
-    base = SmallResNet()
-    mask = mask_of(base)
-    trained = train(base, mask)
-    delta = Delta.of(trained, mask, base=base, info={"seed": 1, "parent": "x"})
-    names = list(mask.index)[::-1]
-    turned = Mask.covering(
-        ParameterIndex({name: mask.index.shapes[name] for name in names}),
-        mask.whole_tensors,
-        {name: mask.indices[name] for name in names if not mask.whole(name)},
-        info={"seed": 2},
-    )
-    assert turned == mask and list(turned.index) != list(mask.index)
-    other = Delta.of(trained, turned, base=base)
-    assert other == delta and other.info != delta.info
-    files = {}
-    for name, each in (("one", delta), ("turned", other)):
-        for against in (None, base):
-            each.save(tmp_path / "d", base=against)
-            loaded = Delta.load(tmp_path / "d").resolve(base)
-            assert loaded.digest == delta.digest and loaded.mask.digest == mask.digest
-            files[name, against is None] = (tmp_path / "d").read_bytes()
-    monkeypatch.setattr(
-        Mask, "pack", lambda self, compact=False: codec.encode(self.index, self._chosen, compact=False)
-    )
-    delta.save(tmp_path / "d")
-    assert Delta.load(tmp_path / "d") == delta
-    assert files["one", True] != files["turned", True]  # the files do differ
+    """Every way of writing a delta makes another file of the same digest; of a few values some ways agree."""
+    base = nn.Sequential(nn.Linear(60, 80), nn.BatchNorm1d(80), nn.Linear(80, 6))
+    shapes = ParameterIndex.of(base).shapes
+    share = {name: torch.rand(shape[0], 1) * torch.rand(1, prod(shape[1:])) for name, shape in shapes.items()}
+    chosen = {n: (share[n] > 0.35).reshape(shape) for n, shape in shapes.items()}  # clustered in rows and columns
+    mask = Mask.from_bool(chosen, {"seed": 1})
+    trained = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            parameter[chosen[name]] += 1e-3 * torch.randn(mask.count(name))
+        trained[1].running_mean += 1
+    turned = Mask.from_bool({name: chosen[name] for name in reversed(chosen)}, {"seed": 1})
+    renamed = Mask.from_bool(chosen, {"seed": 2})
+    assert turned == mask == renamed and list(turned.index) != list(mask.index)
+    info = {"seed": 1}
+    ways = {
+        "plain": Delta.of(trained, mask, base=base, info=info),
+        "another order": Delta.of(trained, turned, base=base, info=info),
+        "another provenance": Delta.of(trained, mask, base=base, info={"seed": 2}),
+        "a mask of another provenance": Delta.of(trained, renamed, base=base, info=info),
+        "the base's values kept": Delta.of(trained, mask, base=base, info=info, keep_base=True),
+        "the base known by digest alone": Delta.of(
+            trained, mask, base=base_digest(base, without=mask.whole_tensors), info=info
+        ),
+    }
+    delta, files, pack = ways["plain"], {}, Mask.pack
+    for coder in ("any", "Rice's"):
+        for way, each in ways.items():
+            for against in (None, base) if each.known.values is None else (None,):
+                each.save(tmp_path / "d", base=against)
+                files[coder, way, against is not None] = (tmp_path / "d").read_bytes()
+                loaded = Delta.load(tmp_path / "d")
+                assert (loaded.thin is not None) == (against is not None) and loaded == delta
+                loaded.resolve(base)
+                found = content_digest(loaded.mask, loaded.base, loaded.values, loaded.buffers)
+                assert found == delta.digest and loaded.mask.digest == mask.digest
+        monkeypatch.setattr(Mask, "pack", lambda self: pack(self, compact=False))
+    assert len(files) == 22 and [(a, b) for a, b in combinations(files, 2) if files[a] == files[b]] == []
 
 
 def test_bits_are_compared_and_not_values() -> None:

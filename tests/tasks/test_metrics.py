@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.errors import ParamsError
+from pipeline.losses import IGNORED
+from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.metrics import COMPLETION, METRICS, needs_regression, score
 
 
@@ -54,12 +57,47 @@ def test_degenerate_outputs_score_nothing_and_do_not_warn():
     assert score("f1", np.eye(2)[[0] * 4], np.array([0, 1, 0, 1]))["f1"] == 0
 
 
+class Says(torch.nn.Module):
+    """A model that puts out what it is given."""
+
+    def forward(self, inputs):
+        return inputs
+
+
+def test_tokens_by_their_counts():
+    rng = np.random.default_rng(2)
+    outputs, labels = rng.normal(size=(7, 6, 5)).astype(np.float32), rng.integers(0, 5, (7, 6))
+    labels[rng.random((7, 6)) < 0.4] = IGNORED
+    labels[3] = IGNORED  # nothing is asked of it
+    right, surprises, means = 0, [], []
+    for row in range(7):
+        own = []
+        for position in range(1, 6):  # a token is judged by what is put out before it
+            if (label := labels[row, position]) != IGNORED:
+                said = outputs[row, position - 1].astype(np.float64)
+                right += said.argmax() == label
+                own.append(np.log(np.exp(said).sum()) - said[label])
+        surprises += own
+        means.append(np.mean(own) if own else 0.0)
+    expected = {"token_accuracy": right / len(surprises), "perplexity": np.exp(np.mean(surprises))}
+    assert 0 < right < len(surprises)
+    for size in (1, 3, 7):
+        batches = list(zip(*(torch.from_numpy(a).split(size) for a in (outputs, labels)), strict=True))
+        scores = evaluate(Says(), batches, "token_accuracy", torch.device("cpu"))
+        assert scores == pytest.approx(expected | {"loss": np.mean(means)}, rel=1e-6)
+
+
 def test_every_metric_leads_with_its_own_name():
-    for metric in sorted(set(METRICS) - set(COMPLETION)):  # these are counted where tokens are, in evaluation.py
-        shape = (20, 1) if needs_regression(metric) else (20, 2)
-        labels = np.arange(20) % 2
-        scores = score(metric, np.random.default_rng(0).normal(size=shape), labels)
-        assert metric in scores and all(isinstance(value, float) for value in scores.values())
+    for metric in METRICS:
+        shape = (20, 3, 2) if metric in COMPLETION else (20, 1) if needs_regression(metric) else (20, 2)
+        outputs = torch.from_numpy(np.random.default_rng(0).normal(size=shape).astype(np.float32))
+        labels = torch.arange(20) % 2
+        if metric in COMPLETION:
+            labels = labels[:, None].expand(20, 3)
+        batch = (outputs, labels.float() if needs_regression(metric) else labels)
+        scores = evaluate(Says(), [batch], metric, torch.device("cpu"))
+        assert list(scores)[0] == metric and list(scores)[-1] == "loss"
+        assert all(isinstance(value, float) for value in scores.values())
 
 
 def test_an_unknown_metric_names_the_known():
