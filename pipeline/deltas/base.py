@@ -1,14 +1,17 @@
 """What a delta knows of its base, and whether a model or another delta has the same one."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from pipeline.deltas.target import Layout, Target, persistent_buffers
+from pipeline.errors import ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.parameters import digest_of_digests
 
+_DIGEST = re.compile("[0-9a-f]{64}")
 SHORT = 16  # hex digits kept of a single tensor's digest: 64 bits tell tensors apart, the full digest vouches
 
 
@@ -23,12 +26,19 @@ class Base:
         tensors: name -> the first 16 hex digits of the tensor's digest; empty where only the digest was given.
             They name the tensor in which a wrong base differs, and tell that two deltas share a base although
             their masks cover different tensors whole.
+
+    Raises:
+        ParamsError: if the digest is none.
     """
 
     digest: str
     values: dict[str, Tensor] | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _DIGEST.fullmatch(self.digest):
+            raise ParamsError(f"base {self.digest[:80]!r} is no digest of 64 hex digits; give base_digest(model)")
 
     @classmethod
     def of(cls, model: nn.Module, mask: Mask) -> "Base":

@@ -93,8 +93,7 @@ def _values(delta: "Delta", before: Mapping[str, Tensor] | None, every: bool) ->
     order = list(delta.mask.index)
     if delta.thin is not None:  # as the file had it, since its values are not known
         own = _alone("values", delta.thin.ready, order)
-        for dtype, (_, coder, code) in delta.thin.rows.items():
-            own[f"{thin.SECTION}.{dtype_name(dtype)}"] = (coder, code)
+        own |= {thin.section_of(dtype): (coding.RESIDUALS, row.section) for dtype, row in delta.thin.rows.items()}
         return (ALL if delta.thin.every else PARTS), own
     own = _alone("values", delta.values, order)
     kept = delta.known.values
@@ -103,7 +102,7 @@ def _values(delta: "Delta", before: Mapping[str, Tensor] | None, every: bool) ->
         return NOTHING, own
     against, every = NOTHING, every or kept is not None
     for dtype, names in thin.names_of(delta.mask, delta.layout, every).items():
-        alone, section = f"values.{dtype_name(dtype)}", f"{thin.SECTION}.{dtype_name(dtype)}"
+        alone, section = f"values.{dtype_name(dtype)}", thin.section_of(dtype)
         left = {n: v for n, v in delta.values.items() if v.dtype == dtype and n not in names}
         coded: Coded = _alone("values", left, order)
         coded |= {
@@ -144,11 +143,11 @@ def decode(make: Callable[..., T], where: str, meta: Mapping[str, Any], sections
     rows = {}
     if against != NOTHING:
         for dtype, names in thin.names_of(mask, layout, against in (KEPT, ALL)).items():
-            if f"{thin.SECTION}.{dtype_name(dtype)}" in own:
-                rows[dtype] = (names, *own.pop(f"{thin.SECTION}.{dtype_name(dtype)}"))
+            if thin.section_of(dtype) in own:
+                rows[dtype] = _row(mask, dtype, names, *own.pop(thin.section_of(dtype)))
         if not rows or against not in ((KEPT,) if kept else (PARTS, ALL)):
             raise ValueError(f"its values cannot be coded against {against!r:.40}")
-    coded = {name for names, _, _ in rows.values() for name in names}
+    coded = {name for row in rows.values() for name in row.names}
     ready = _unpacked("values", {name: form for name, form in counts.items() if name not in coded}, own)
     held = _unpacked("buffers", buffers, own)
     base_values = _unpacked("base.values", counts, own) if kept else None
@@ -175,6 +174,14 @@ def checked(path: str | PathLike[str], make: Callable[..., T], meta: Mapping[str
     """  # noqa: DOC502 - raised by sound
     with sound(path, "delta", "make the delta again"):
         return decode(make, str(path), meta, sections)
+
+
+def _row(mask: Mask, dtype: torch.dtype, names: list[str], coder: str, section: Tensor) -> thin.Row:
+    """Read the values of one dtype's tensors that are coded against the base's."""
+    try:
+        return thin.Row(names, section, coding.read_residuals(section, coder, dtype, thin.places(mask, names)))
+    except ValueError as error:
+        raise ValueError(f"section '{thin.section_of(dtype)}' is corrupt: {error}") from None
 
 
 def _layout(mask: Mask, meta: Mapping[str, Any]) -> Layout:

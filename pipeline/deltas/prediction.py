@@ -35,7 +35,7 @@ class Place(NamedTuple):
     held: int
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """The rows and columns that hold values, numbered without gaps: of each value, and how many there are."""
 
     row: Array
@@ -45,7 +45,12 @@ class _Grid(NamedTuple):
 
     @property
     def lines(self) -> int:
+        """How many factors there are."""
         return self.rows + self.columns
+
+
+Factors = list[tuple[Grid, Array] | None]
+"""Of each stretch: its grid and half precision [rows + columns], u and then v; None where the base predicts."""
 
 
 def write_factors(values: Tensor, base: Tensor, places: Sequence[Place]) -> tuple[bytes, Tensor]:
@@ -77,16 +82,16 @@ def write_factors(values: Tensor, base: Tensor, places: Sequence[Place]) -> tupl
     return np.packbits(fitted).tobytes() + b"".join(pair.tobytes() for pair in factors), predicted
 
 
-def read_factors(take: Callable[[int], Array], base: Tensor, places: Sequence[Place]) -> Tensor:
-    """Predict values as ``write_factors`` did.
+def read_factors(take: Callable[[int], Array], dtype: torch.dtype, places: Sequence[Place]) -> Factors:
+    """Read what ``write_factors`` wrote; the base is not needed for it.
 
     Args:
         take: gives the next so many bytes, uint8.
-        base: the base's values [count], on the CPU.
+        dtype: of the values.
         places: of the stretches, in order.
 
     Returns:
-        The predictions [count].
+        The factors.
 
     Raises:
         ValueError: if a stretch that is no matrix of floats has factors.
@@ -94,14 +99,30 @@ def read_factors(take: Callable[[int], Array], base: Tensor, places: Sequence[Pl
     flags = np.unpackbits(take((len(places) + 7) // 8))
     if flags[len(places) :].any():
         raise ValueError("it predicts more tensors than there are")
+    factors: Factors = []
+    for fitted, place in zip(flags, places, strict=False):
+        if fitted and (not dtype.is_floating_point or len(place.shape) < 2):
+            raise ValueError("it predicts a tensor that is no matrix of floats")
+        grid = _grid(place) if fitted else None
+        factors.append(grid and (grid, np.frombuffer(take(2 * grid.lines).tobytes(), "<f2")))
+    return factors
+
+
+def predict(base: Tensor, places: Sequence[Place], factors: Factors) -> Tensor:
+    """Predict values as ``write_factors`` did.
+
+    Args:
+        base: the base's values [count], on the CPU.
+        places: of the stretches, in order.
+        factors: theirs.
+
+    Returns:
+        The predictions [count].
+    """
     predicted = base.clone()
-    for fitted, place, stretch in zip(flags, places, _stretches(places), strict=False):
-        if fitted:
-            if not base.is_floating_point() or len(place.shape) < 2:
-                raise ValueError("it predicts a tensor that is no matrix of floats")
-            grid = _grid(place)
-            pair = np.frombuffer(take(2 * grid.lines).tobytes(), "<f2")
-            predicted[stretch] = _predict(base[stretch], grid, pair)
+    for pair, stretch in zip(factors, _stretches(places), strict=True):
+        if pair is not None:
+            predicted[stretch] = _predict(base[stretch], *pair)
     return predicted
 
 
@@ -110,11 +131,11 @@ def _stretches(places: Sequence[Place]) -> list[slice]:
     return [slice(end - place.held, end) for end, place in zip(ends, places, strict=True)]
 
 
-def _grid(place: Place) -> _Grid:
+def _grid(place: Place) -> Grid:
     at = np.arange(place.held) if place.coordinates is None else place.coordinates.numpy()
     row, column = np.divmod(at, prod(place.shape[1:]))
     (row, rows), (column, columns) = _numbered(row), _numbered(column)
-    return _Grid(row, column, rows, columns)
+    return Grid(row, column, rows, columns)
 
 
 def _numbered(lines: Array) -> tuple[Array, int]:
@@ -124,7 +145,7 @@ def _numbered(lines: Array) -> tuple[Array, int]:
     return (np.cumsum(occurs) - 1)[lines], int(occurs.sum())
 
 
-def _fit(change: Array, grid: _Grid) -> Array:
+def _fit(change: Array, grid: Grid) -> Array:
     """Fit change_k ~ u[row_k] v[column_k] by least squares: half precision [rows + columns], u and then v."""
     u, v = np.zeros(grid.rows), np.zeros(grid.columns)
     fullest = grid.row == np.bincount(grid.row, change * change).argmax()
@@ -144,7 +165,7 @@ def _solve(change: Array, other: Array, line: Array, lines: int) -> Array:
     return solved
 
 
-def _predict(base: Tensor, grid: _Grid, pair: Array) -> Tensor:
+def _predict(base: Tensor, grid: Grid, pair: Array) -> Tensor:
     factors = torch.from_numpy(pair.astype(np.float64))
     change = factors[: grid.rows][grid.row] * factors[grid.rows :][grid.column]
     guess = base.double() + change

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,21 @@ from pipeline.errors import ArtifactError
 from pipeline.masks.mask import Mask
 from pipeline.parameters import tensor_digest
 
-SECTION = "against"
+_SECTION = "against"
+
+
+class Row(NamedTuple):
+    """The values of one dtype's tensors.
+
+    Attributes:
+        names: the tensors, in order.
+        section: as the file has it.
+        residuals: what it holds.
+    """
+
+    names: list[str]
+    section: Tensor
+    residuals: coding.Residuals
 
 
 @dataclass(frozen=True)
@@ -26,19 +41,19 @@ class Thin:
         digest: of the delta, as the file states it.
         every: whether tensors that the mask covers whole are coded against the base too.
         ready: the values that need no base, name -> [count].
-        rows: dtype -> the names of a section's tensors in order, its coder, and the section.
+        rows: dtype -> what its section holds.
     """
 
     where: str
     digest: str
     every: bool
     ready: dict[str, Tensor]
-    rows: dict[torch.dtype, tuple[list[str], str, Tensor]]
+    rows: dict[torch.dtype, Row]
 
     @property
     def names(self) -> list[str]:
         """The tensors whose values await the base."""
-        return [name for names, _, _ in self.rows.values() for name in names]
+        return [name for row in self.rows.values() for name in row.names]
 
     def decode(self, mask: Mask, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Decode all values.
@@ -51,18 +66,17 @@ class Thin:
             name -> [count], for every tensor of the mask's index.
 
         Raises:
-            ArtifactError: if a section is no sound code.
+            ArtifactError: if a section's values are none of their dtype.
         """
         found = dict(self.ready)
-        for dtype, (names, coder, code) in self.rows.items():
+        for dtype, row in self.rows.items():
             try:
-                flat = coding.decode_against(code, coder, joined(before, names), places(mask, names))
+                flat = coding.restore(row.residuals, joined(before, row.names), places(mask, row.names))
             except ValueError as error:
-                section = f"{SECTION}.{dtype_name(dtype)}"
                 raise ArtifactError(
-                    f"{self.where}: section '{section}' is corrupt: {error}; make the delta again"
+                    f"{self.where}: section '{section_of(dtype)}' is corrupt: {error}; make the delta again"
                 ) from None
-            found |= zip(names, flat.split([mask.count(name) for name in names]), strict=True)
+            found |= zip(row.names, flat.split([mask.count(name) for name in row.names]), strict=True)
         return {name: found[name] for name in mask.index}
 
     def verified(
@@ -79,7 +93,7 @@ class Thin:
         values = self.decode(mask, before)
         if content_digest(mask, base, values, buffers) != self.digest:
             raise ArtifactError(
-                f"{self.where}: section '{SECTION}' is corrupt, or the base is another: decoded with it, the "
+                f"{self.where}: section '{_SECTION}' is corrupt, or the base is another: decoded with it, the "
                 "values do not have the digest that the file states; make the delta again"
             )
         return values
@@ -94,6 +108,15 @@ class Thin:
             f"{self.where}: its values are coded against its base ({base[:12]}), which is needed to read them; "
             "apply it to the base, or give the base (Delta.resolve)"
         )
+
+
+def section_of(dtype: torch.dtype) -> str:
+    """Name the section of values that are coded against the base.
+
+    Returns:
+        Its name.
+    """
+    return f"{_SECTION}.{dtype_name(dtype)}"
 
 
 def content_digest(mask: Mask, base: str, values: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> str:

@@ -15,12 +15,13 @@ Values are coded in blocks of 2^20, each of a few streams (streams.py).
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.deltas.prediction import Place, read_factors, write_factors
+from pipeline.deltas.prediction import Factors, Place, predict, read_factors, write_factors
 from pipeline.deltas.streams import Reader, squeeze
 from pipeline.parameters import byte_view
 
@@ -94,6 +95,66 @@ def encode_against(values: Tensor, base: Tensor, places: Sequence[Place]) -> tup
     return _smaller(RESIDUALS, parts, values)
 
 
+class Residuals(NamedTuple):
+    """A row of residuals: a section read and checked as far as the base is not needed for it.
+
+    Attributes:
+        factors: of the predictions.
+        blocks: the residuals of each block, in the order of the predictions' exponents.
+    """
+
+    factors: Factors
+    blocks: list[Array]
+
+
+def read_residuals(section: Tensor, coder: str, dtype: torch.dtype, places: Sequence[Place]) -> Residuals:
+    """Read what ``encode_against`` wrote, unless raw, as far as that can be done without the base.
+
+    Args:
+        section: uint8.
+        coder: how it is said to be coded.
+        dtype: of the values.
+        places: as in ``encode_against``.
+
+    Returns:
+        What ``restore`` takes.
+
+    Raises:
+        ValueError: if the section does not hold exactly one residual for each value.
+    """  # noqa: DOC502 - raised by what it calls
+    code = Reader(section, coder, RESIDUALS)
+    factors = read_factors(code.take, dtype, places)
+    blocks = []
+    for block in _blocks(sum(place.held for place in places)):
+        leading, below = _untokened(code.stream(block.stop - block.start), np.dtype(_UNSIGNED[dtype.itemsize]))
+        blocks.append(_unpack(code, leading, below))
+    code.end()
+    return Residuals(factors, blocks)
+
+
+def restore(held: Residuals, base: Tensor, places: Sequence[Place]) -> Tensor:
+    """Put residuals on top of what the base predicts.
+
+    Args:
+        held: the residuals.
+        base: the base's values [count], of the dtype that they were read for, on the CPU.
+        places: as in ``encode_against``.
+
+    Returns:
+        [count] values of the base's dtype.
+
+    Raises:
+        ValueError: if a value is none of its dtype.
+    """  # noqa: DOC502 - raised by what it calls
+    predicted = predict(base, places, held.factors)
+    blocks = []
+    for block, sorted_residuals in zip(_blocks(base.numel()), held.blocks, strict=True):
+        residuals = np.empty_like(sorted_residuals)
+        residuals[_order(predicted[block])] = sorted_residuals
+        blocks.append(_restored(residuals, _bits(predicted[block]), base.dtype))
+    return _values(blocks, base.dtype)
+
+
 def decode_against(section: Tensor, coder: str, base: Tensor, places: Sequence[Place]) -> Tensor:
     """Read what ``encode_against`` wrote.
 
@@ -105,17 +166,7 @@ def decode_against(section: Tensor, coder: str, base: Tensor, places: Sequence[P
     """  # noqa: DOC502 - raised by what it calls
     if coder == RAW:
         return decode(section, coder, base.dtype, base.numel())
-    code = Reader(section, coder, RESIDUALS)
-    predicted = read_factors(code.take, base, places)
-    blocks = []
-    for block in _blocks(base.numel()):
-        bits, order = _bits(predicted[block]), _order(predicted[block])
-        leading, below = _untokened(code.stream(len(bits)), bits.dtype)
-        residuals = np.empty_like(bits)
-        residuals[order] = _unpack(code, leading, below)
-        blocks.append(_restored(residuals, bits, base.dtype))
-    code.end()
-    return _values(blocks, base.dtype)
+    return restore(read_residuals(section, coder, base.dtype, places), base, places)
 
 
 def _blocks(count: int) -> Iterator[slice]:

@@ -270,17 +270,18 @@ AT_LOAD = {
     "without the section": lambda meta, sections: sections.pop("against.float32"),
     "claims base values": lambda meta, sections: meta.update(keeps_base=True),
     "coder no text": lambda meta, sections: meta["coders"].update({"against.float32": 1}),
-}
-AT_DECODING = {
+    "coder unknown": lambda meta, sections: meta["coders"].update({"against.float32": "golomb"}),
+    "coder another": lambda meta, sections: meta["coders"].update({"against.float32": "raw"}),
+    "base no digest": lambda meta, sections: meta.update(base="x" * 64),
     "code short": code_of(lambda code: code[:-1]),
     "code long": code_of(lambda code: torch.cat([code, code[:1]])),
     "code empty": code_of(lambda code: code[:0]),
     "code square": code_of(lambda code: code[:, None]),
     "code of another dtype": code_of(lambda code: code[: len(code) // 4 * 4].view(torch.int32)),
     "first byte": flip(0),
+}
+AT_DECODING = {
     "noise": flip(-1),
-    "coder unknown": lambda meta, sections: meta["coders"].update({"against.float32": "golomb"}),
-    "coder another": lambda meta, sections: meta["coders"].update({"against.float32": "raw"}),
     "digest": lambda meta, sections: meta.update(digest="0" * 64),
 }
 
