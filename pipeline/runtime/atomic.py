@@ -49,7 +49,7 @@ def replace_file(path: Path, parts: Iterable[bytes | bytearray | memoryview], *,
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: {reason(error)}") from None
 
@@ -62,7 +62,7 @@ def remove_file(path: Path) -> None:
     """
     try:
         path.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: cannot be removed: {error.strerror or error}; free the file") from None
 
@@ -77,9 +77,9 @@ def reason(error: OSError) -> str:
     return f"cannot be written: {error.strerror or error}; {advice}"
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the file system knows how to."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the renames in a folder, durable, where the file system knows how to."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -10,16 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import StorageError
-from pipeline.runtime.atomic import reason, sync_folder
+from pipeline.runtime.atomic import reason, sync
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside ``folder``, then put it in its place.
-
-    Files are to be written into it by ``replace_file``, which makes each of them durable.
+    """Fill a temporary folder beside ``folder``, then make all of it durable and put it in its place.
 
     Args:
         folder: where it goes; an old folder is removed once the new one stands there, its permissions are kept.
@@ -46,7 +44,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(made: Path, folder: Path) -> None:
-    """Give a finished folder its name, at once; an old folder of that name is removed.
+    """Make a finished folder durable and give it its name, at once; an old folder of that name is removed.
 
     Args:
         made: the folder, on the same file system.
@@ -58,11 +56,10 @@ def put_in_place(made: Path, folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for inner in (*made.rglob("*"), made):
-            if inner.is_dir():
-                sync_folder(inner)
+            sync(inner)
         _exchange(made, folder)
         shutil.rmtree(made, ignore_errors=True)  # where there was an old one
-        sync_folder(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise StorageError(f"{folder}: {reason(error)}") from None
 

@@ -81,14 +81,16 @@ def test_a_move_that_fails_half_way_is_taken_back(old, monkeypatch):
     assert content(old) == {"a": b"old"} and os.listdir(old.parent) == ["folder"]
 
 
-def test_every_folder_is_synced_before_the_move(old, monkeypatch):
+def test_everything_is_synced_before_the_move(old, monkeypatch):
     done = []
-    monkeypatch.setattr(atomic_folder, "sync_folder", lambda path: done.append(path.name))
+    monkeypatch.setattr(atomic_folder, "sync", lambda path: done.append(path.name))
     move = atomic_folder._exchange
     monkeypatch.setattr(atomic_folder, "_exchange", lambda one, two: (done.append("move"), move(one, two)))
     with replace_folder(old) as folder:
         fill(folder)
-    assert done == ["inner", folder.name, "move", old.parent.name]
+        (folder / "of a library").write_bytes(b"not synced by itself")
+    assert sorted(done[:4]) == ["a", "b", "inner", "of a library"]
+    assert done[4:] == [folder.name, "move", old.parent.name]
 
 
 KILLED = """
