@@ -134,7 +134,9 @@ class Bench:
         def after(entry: Mapping[str, float], trained: nn.Module, mask: Mask) -> Mask | None:
             epoch = int(entry["epoch"])
             if chain is not None:
-                print(f"{row} lr {lr:g} epoch {epoch}: {entry['loss']:.3f} {entry['accuracy']:.4f}", flush=True)
+                print(
+                    f"{row} lr {lr:g} epoch {epoch}: {entry['train_loss']:.3f} {entry['accuracy']:.4f}", flush=True
+                )
             if chain is not None:
                 numbers.append(chain.append(trained, mask).nbytes)
                 chain.restore_(other)
@@ -232,6 +234,9 @@ def main() -> None:
     with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(partial(train_row, args), text) for text in args.rows]
         for future in concurrent.futures.as_completed(futures):
+            if (error := future.exception()) is not None:  # the other rows go on
+                print(f"{type(error).__name__}: {error}", flush=True)
+                continue
             line = future.result()
             lines[line[0]] = line
             told = [
