@@ -102,9 +102,21 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     Returns:
         A batch of the same form.
     """
+    where = torch.device(device)
     if isinstance(batch, Mapping):
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return {k: sent(v, where) if isinstance(v, Tensor) else v for k, v in batch.items()}
     inputs, targets = batch
     if isinstance(inputs, (tuple, list)):
-        return tuple(x.to(device, non_blocking=True) for x in inputs), targets.to(device, non_blocking=True)
-    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        return tuple(sent(x, where) for x in inputs), sent(targets, where)
+    return sent(inputs, where), sent(targets, where)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Send a tensor to a device without waiting for the work that is queued there.
+
+    Returns:
+        The tensor on the device; itself where it is there already.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
+    return tensor.to(device, non_blocking=True)

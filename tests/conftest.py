@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.runtime.cpu import set_up_cpu
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which `repeatable` needs, before CUDA starts
 set_up_cpu()  # before torch: tests compare their own process with stages in processes of their own, bit for bit
 hypothesis.settings.register_profile("fishmask", deadline=None)  # nothing is timed: these machines are noisy
 hypothesis.settings.load_profile("fishmask")
@@ -210,6 +211,33 @@ def fork(tmp_path):
         return Project(root)
 
     return copy
+
+
+def pytest_generate_tests(metafunc):
+    """Run what takes a ``place`` on the CPU, and on CUDA where there is one."""
+    if "place" in metafunc.fixturenames:
+        import torch
+
+        there = [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []
+        metafunc.parametrize("place", ["cpu", *there], indirect=True)
+
+
+@pytest.fixture
+def place(request):
+    """The device to compute on."""
+    import torch
+
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def repeatable():
+    """Deterministic kernels on CUDA, so that two runs can be compared bit for bit; what has none is refused."""
+    import torch
+
+    torch.use_deterministic_algorithms(torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.losses import sent
 
 
 def leaves_of(tree: Any) -> Iterator[Any]:
@@ -49,7 +50,7 @@ def moved(batch: Any, device: torch.device) -> Any:
     Returns:
         A batch of the same form.
     """
-    return map_leaves(batch, lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf)
+    return map_leaves(batch, lambda leaf: sent(leaf, device) if isinstance(leaf, Tensor) else leaf)
 
 
 def size_of(batch: Any) -> int:

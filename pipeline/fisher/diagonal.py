@@ -190,6 +190,8 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             stack.enter_context(_full_precision())
+            if any(isinstance(module, nn.RNNBase) for module in modes):
+                stack.enter_context(_without_cudnn())
         if "torch._dynamo" in sys.modules:
             # Hooks see nothing inside compiled code; importing the compiler only to say so would take seconds.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -218,6 +220,22 @@ def _full_precision() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Leave cuDNN out: its recurrent layers refuse a backward in eval mode.
+
+    Yields:
+        Nothing.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.enabled
+    try:
+        cudnn.enabled = False
+        yield
+    finally:
+        cudnn.enabled = before
 
 
 def _mean(total: Tensor, count: int) -> Tensor:

@@ -110,6 +110,9 @@ def _hang_up(link: socket.socket) -> None:
 def serve(number: int) -> None:
     """Import what stages need, then fork one child for each that asks at the socket; ends with its parent."""
     set_up_cpu()
+    # A fork of a process that has asked the CUDA runtime for its devices cannot use them: imports ask the driver's
+    # library instead. Children get the environment of whoever asked for them.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them
     with socket.socket(fileno=number) as listener:

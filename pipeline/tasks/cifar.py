@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import ParamsError
-from pipeline.tasks.image import sent
+from pipeline.losses import sent
 from pipeline.tasks.published import Published
 
 AUGMENT = "crop-flip-cutout"

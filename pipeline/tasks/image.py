@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.losses import sent
 from pipeline.tasks.draws import Rows
 
 if TYPE_CHECKING:  # batches are made where there is no pyarrow too (benchmarks/table4.py)
@@ -60,15 +61,6 @@ def statistics(pixels_NCHW: np.ndarray) -> tuple[list[float], list[float]]:
         means.append(round(mean / 255, 4))
         deviations.append(round(max(square - mean * mean, 0.0) ** 0.5 / 255, 4) or 1.0)
     return means, deviations
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Send a small tensor to a device without waiting for the work that is queued there.
-
-    Returns:
-        The tensor on the device; itself where it is there already.
-    """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class ImageSplit:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ParamsError
-from pipeline.losses import IGNORED
+from pipeline.losses import IGNORED, sent
 from pipeline.tasks.draws import Rows
 from pipeline.tasks.models import load_tokenizer, model_config
 from pipeline.tasks.settings import ModelSettings
@@ -187,4 +187,4 @@ class TextSplit:
             batch["labels"] = batch["input_ids"].masked_fill(~torch.from_numpy(asked_BT), IGNORED)
         elif self._labels is not None:
             batch["labels"] = self._labels[torch.from_numpy(rows)]
-        return {name: value.to(device, non_blocking=True) for name, value in batch.items()} if device else batch
+        return {name: sent(value, device) for name, value in batch.items()} if device else batch

@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from pipeline.errors import MismatchError, ModelError, ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.parameters import put_, take, unwrapped
-from pipeline.training.embeddings import add_rows, sole_embeddings
+from pipeline.training.embeddings import sole_embeddings
+from pipeline.training.gathering import Gathering
 
 _masked: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[MaskedParameters]]" = weakref.WeakKeyDictionary()
 
@@ -38,6 +39,7 @@ class Segment:
         stop: one past its last.
         coordinates: int64 [m] on the tensor's device, row-major and ascending; None where all are trained, which
             makes gather and write plain copies.
+        flat: its elements as one vector, made once; None where its strides do not allow that.
     """
 
     parameter: nn.Parameter
@@ -46,6 +48,7 @@ class Segment:
     start: int
     stop: int
     coordinates: Tensor | None
+    flat: Tensor | None
 
 
 class MaskedParameters:
@@ -92,6 +95,7 @@ class MaskedParameters:
         self.mask = mask
         self._bind(parameters)
         self.values = nn.Parameter(self._read())
+        self._gathering = Gathering(self.values)
         self._open = True
         _masked[self._model] = weakref.ref(self)
 
@@ -125,17 +129,28 @@ class MaskedParameters:
                 ``assign=True`` replaces), or this object was released.
         """
         self._check_open()
-        cast = {self._dtype: self.values.detach()}  # one cast of the whole vector per dtype, not one per tensor
-        for name, part in self.segments.items():
+        theta, counts = self.values.detach(), [part.stop - part.start for part in self.segments.values()]
+        pieces: dict[torch.dtype, tuple[Tensor, ...]] = {}  # one cast of the whole vector per dtype, and one cut
+        whole: tuple[list[Tensor], list[Tensor]] = [], []
+        for number, (name, part) in enumerate(self.segments.items()):
             weight = part.parameter
             if weight.device != self._device or part.owner._parameters.get(part.key) is not weight:
                 raise ModelError(
                     f"tensor '{name}' was moved or replaced while masked; prepare the model first, then build "
                     "MaskedParameters on it"
                 )
-            if weight.dtype not in cast:
-                cast[weight.dtype] = self.values.detach().to(weight.dtype)
-            put_(weight, part.coordinates, cast[weight.dtype][part.start : part.stop])
+            if weight.dtype not in pieces:
+                pieces[weight.dtype] = theta.to(weight.dtype).split(counts)
+            piece = pieces[weight.dtype][number]
+            if part.flat is None or part.flat.data_ptr() != weight.data_ptr():  # other strides, or cast since
+                put_(weight, part.coordinates, piece)
+            elif part.coordinates is None:
+                whole[0].append(part.flat)
+                whole[1].append(piece)
+            else:
+                part.flat.index_copy_(0, part.coordinates, piece)
+        if whole[0]:
+            torch._foreach_copy_(*whole)  # one kernel for many tensors on a GPU
 
     @torch.no_grad()
     def remask_(self, mask: Mask, optimizer: Optimizer | None = None) -> None:
@@ -218,7 +233,9 @@ class MaskedParameters:
                 part = None if self.mask.whole(name) else self.mask.indices[name].to(self._device)
                 path, _, key = name.rpartition(".")
                 owner = self._model.get_submodule(path)
-                self.segments[name] = Segment(parameters[name], owner, key, start, start + count, part)
+                weight = parameters[name]
+                flat = weight.detach().view(-1) if weight.is_contiguous() else None
+                self.segments[name] = Segment(weight, owner, key, start, start + count, part, flat)
                 start += count
         trained = {segment.parameter for segment in self.segments.values()}
         for parameter in self._flags:
@@ -255,17 +272,8 @@ class MaskedParameters:
         @torch.no_grad()
         def collect(parameter: Tensor) -> None:
             grad, parameter.grad = parameter.grad, None
-            if grad is None:
-                return
-            if self.values.grad is None:
-                self.values.grad = torch.zeros_like(self.values)
-            target = self.values.grad[part.start : part.stop]
-            if grad.is_sparse:
-                add_rows(target, grad, part.coordinates)
-            elif part.coordinates is None:
-                target.add_(grad.detach().reshape(-1))
-            else:
-                target.add_(grad.detach().reshape(-1).index_select(0, part.coordinates))
+            if grad is not None:
+                self._gathering.add(grad, part.start, part.stop, part.coordinates)
 
         return collect
 

@@ -9,7 +9,8 @@ from pipeline.errors import ModelError
 
 T = TypeVar("T")
 Say = Callable[[str], None]
-_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+# The last is what cuBLAS and cuDNN say where their own memory runs out.
+_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -1,8 +1,9 @@
 """The runs that real workers make and that the simulation makes again; as a script, one worker.
 
-python cases.py RANK SIZE FOLDER
+python cases.py RANK SIZE FOLDER        with CASES_DEVICE=cuda in the environment, on the GPU
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex
 from pipeline.training.masked import MaskedParameters
 
+DEVICE = torch.device(os.environ.get("CASES_DEVICE", "cpu"))
 OPTIMIZERS = {
     "adamw": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
     "momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
@@ -77,14 +79,14 @@ class Net(nn.Module):
 
 def build(dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    return Net().to(dtype).train()
+    return Net().to(DEVICE, dtype).train()
 
 
 def batch(rank: int, step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Ranks see different data, of different spread."""
     draw = torch.Generator().manual_seed(1000 * rank + step)
     x = torch.randn(6, 1, 4, 4, generator=draw) * (1 + rank) + rank
-    return x.to(dtype), torch.randint(0, 3, (6,), generator=draw)
+    return x.to(DEVICE, dtype), torch.randint(0, 3, (6,), generator=draw).to(DEVICE)
 
 
 def mask_of(case: Case, rank: int, round_: int = 0) -> Mask:
@@ -106,8 +108,8 @@ def local_step(case: Case, model: nn.Module, masked: MaskedParameters, optimizer
 
 
 def snapshot(model: nn.Module, masked: MaskedParameters) -> dict[str, Tensor]:
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return state | {"theta": masked.values.detach().clone()}
+    state = model.state_dict() | {"theta": masked.values}
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
 
 def work(case: Case, rank: int) -> dict[str, Tensor]:
@@ -145,6 +147,7 @@ def main() -> None:
 
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(DEVICE.type == "cuda")
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import torch
-from cases import Net, batch
+import torch.distributed as dist
+from cases import DEVICE, Net, batch
 from safetensors.torch import save_file
 
 from pipeline.distributed.collectives import Collectives
@@ -52,7 +53,7 @@ def train(
         The model, the rounds (None without sync), and the result of `fit`.
     """
     torch.manual_seed(0)
-    model, course = Net(), COURSES[name]
+    model, course = Net().to(DEVICE), COURSES[name]
     first = select.dense(ParameterIndex.of(model)) if course.get("dense_steps") else choose(course, world, 0)
     with MaskedParameters(model, first) as masked:
         rounds = Rounds(
@@ -81,12 +82,12 @@ def train(
     return model, rounds, result
 
 
-def leave(folder: Path, world: Collectives, model: torch.nn.Module, rounds: Rounds, result) -> None:
+def leave(folder: Path, world: Collectives, model: torch.nn.Module, rounds: Rounds, result, backend: str) -> None:
     """Write down what this rank ends with."""
     rank = world.rank
     save_file(dict(model.state_dict()), folder / f"end-{rank}.safetensors")
     outcome = {"records": rounds.records, "bytes": rounds.bytes, "resumed": result.resumed_from}
-    outcome |= {"touched": rounds.touched.digest, "world": world.size}
+    outcome |= {"touched": rounds.touched.digest, "world": world.size, "backend": backend}
     (folder / f"end-{rank}.json").write_text(json.dumps(outcome))
 
 
@@ -109,14 +110,16 @@ def main() -> None:
 
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     torch.set_num_threads(1)
-    with joined(TIMEOUT, grace=2.0) as world:
+    torch.use_deterministic_algorithms(DEVICE.type == "cuda")
+    with joined(TIMEOUT, cuda=DEVICE.type == "cuda", grace=2.0) as world:
+        backend = dist.get_backend()
         resume = JointResume(folder / f"rank-{rank}.safetensors", name, every_s=0)
         try:
             model, rounds, result = train(name, world, resume, strike)
         except DivergedError as error:
             (folder / f"diverged-{rank}").write_text(str(error))
             return
-    leave(folder, world, model, rounds, result)
+    leave(folder, world, model, rounds, result, backend)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """W real processes = a simulation in one process, bit for bit; one worker = plain training; bytes are counted."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,28 +16,36 @@ from pipeline.errors import DivergedError, ParamsError
 from pipeline.training.masked import MaskedParameters
 
 sys.path.insert(0, str(Path(__file__).parent))
+import cases  # noqa: E402
 from cases import CASES, OPTIMIZERS, Case, batch, build, local_step, mask_of, snapshot  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "repeatable")
+TEAMS = [(2, "cpu"), (4, "cpu")]
+TEAMS += [pytest.param((2, "cuda"), marks=pytest.mark.cuda)] if torch.cuda.is_available() else []
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=TEAMS, ids=lambda team: "-".join(map(str, team)))
 def real(request, tmp_path_factory):
-    """What W real processes ended with: every case, in one start of them."""
-    folder = tmp_path_factory.mktemp(f"workers-{request.param}")
+    """What W real processes ended with (on CUDA they share the GPU): every case, in one start of them.
+
+    The simulation is then made on the same kind of device.
+    """
+    size, device = request.param
+    folder = tmp_path_factory.mktemp(f"workers-{size}-{device}")
     script = str(Path(__file__).parent / "cases.py")
     workers = [
         subprocess.Popen(
-            [sys.executable, script, str(rank), str(request.param), str(folder)], stderr=subprocess.PIPE, text=True
+            [sys.executable, script, str(rank), str(size), str(folder)], stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"CASES_DEVICE": device},
         )
-        for rank in range(request.param)
-    ]
+        for rank in range(size)
+    ]  # fmt: skip
     errors = [worker.communicate()[1] for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), "\n".join(errors)
-    results = {
-        name: [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(request.param)] for name in CASES
-    }
-    return request.param, results, folder
+    results = {name: [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(size)] for name in CASES}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "DEVICE", torch.device(device))
+        yield size, results, folder
 
 
 def simulate(case, size):
@@ -85,7 +94,7 @@ def simulate(case, size):
             at = union.indices[name]
             part = total[start : start + len(at)]
             start += len(at)
-            trainers = sum(torch.isin(at, mask.indices[name]).to(wide) for mask in masks)
+            trainers = sum(torch.isin(at, mask.indices[name]).to(part.device, wide) for mask in masks)
             part = part / (
                 torch.ones_like(part) if case.average == "sum" and name[:2] not in case.head else trainers
             )
@@ -204,10 +213,10 @@ def test_one_step_of_plain_sgd_is_gradient_averaging(real):
             F.cross_entropy(copied(x), y).backward()
         for name, parameter in model.named_parameters():
             grads = [dict(copied.named_parameters())[name].grad for copied in models]
-            parameter.data -= 0.1 * torch.where(mask[name], torch.stack(grads).mean(0), 0)
+            parameter.data -= 0.1 * torch.where(mask[name].to(parameter.device), torch.stack(grads).mean(0), 0)
     for name, parameter in model.named_parameters():
         got = results["one step, plain SGD"][0][name]
-        torch.testing.assert_close(got, parameter.detach(), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(got, parameter.detach().cpu(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["mean", "sum, head averaged", "bf16 on the wire", "own masks", "bf16 weights"])

@@ -119,7 +119,7 @@ def tokens(embedding: nn.Module, fast: bool = True) -> Case:
 
 def positions() -> Case:
     def forward(s: Net, x: Tensor) -> Tensor:
-        place = torch.arange(x.shape[1])[None]
+        place = torch.arange(x.shape[1], device=x.device)[None]
         return s.fc(torch.tanh(s.embed(x) + s.place(place)).mean(1))
 
     return Case(

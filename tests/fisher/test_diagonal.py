@@ -44,24 +44,29 @@ def assert_matches(scores, expected, tolerance=1e-4, power="square"):
     for name, want in expected.items():
         got = scores[name]
         assert got.shape == want.shape and got.is_contiguous(), name
-        error = float((got.double() - want).abs().max())
+        error = float((got.double().cpu() - want.cpu()).abs().max())
         assert error <= max(tolerance * float(want.abs().max()), zero), f"{name}: {error} of {want.abs().max()}"
 
 
+def on(model, place):
+    """The model there; the oracle keeps the one on the CPU."""
+    return model if place.type == "cpu" else copy.deepcopy(model).to(place)
+
+
 @pytest.mark.parametrize(("kind", "power"), COMBINATIONS)
-def test_every_layer_kind_matches_the_oracle(case, kind, power, routes):
-    scores = fisher_diagonal(case.model, case.batches, kind=kind, power=power)
+def test_every_layer_kind_matches_the_oracle(case, kind, power, routes, place):
+    scores = fisher_diagonal(on(case.model, place), case.batches, kind=kind, power=power)
     assert_matches(scores, fisher_diagonal_reference(case.model, case.batches, kind=kind, power=power))
-    assert all(t.dtype == torch.float32 for t in scores.values())
+    assert all(t.dtype == torch.float32 and t.device.type == place.type for t in scores.values())
     slow = {name: way for name, way in routes.items() if way.startswith(SLOW)}
     assert bool(slow) != case.fast, slow
 
 
 @pytest.mark.parametrize(("kind", "power"), [("label", "square"), ("expect", "square"), ("label", "absolute")])
-def test_architectures_match_the_oracle(network, kind, power, routes):
+def test_architectures_match_the_oracle(network, kind, power, routes, place):
     if network.label_only and (kind, power) != ("label", "square"):
         pytest.skip("its convolutions in float64 are slow; label-square covers their rules")
-    scores = fisher_diagonal(network.model, network.batches, kind=kind, power=power)
+    scores = fisher_diagonal(on(network.model, place), network.batches, kind=kind, power=power)
     assert_matches(
         scores, fisher_diagonal_reference(network.model, network.batches, kind=kind, power=power), power=power
     )
@@ -178,12 +183,12 @@ def test_float64_model_gives_float64_scores():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_model_is_summed_in_fp32(dtype):
+def test_half_precision_model_is_summed_in_fp32(dtype, place):
     torch.manual_seed(0)
     layers = [nn.Linear(8, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 3)]
     model = nn.Sequential(*layers).to(dtype)
     x, y = torch.randn(64, 8).to(dtype), torch.randint(3, (64,))
-    scores = fisher_diagonal(model, [(x, y)])
+    scores = fisher_diagonal(on(model, place), [(x, y)])
     assert all(t.dtype == torch.float32 for t in scores.values())
     # The forward and backward round to half precision; the sums must not on top of that.
     assert_matches(scores, fisher_diagonal_reference(model, [(x, y)]), 5e-2 if dtype == torch.bfloat16 else 5e-3)

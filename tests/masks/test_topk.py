@@ -131,11 +131,3 @@ def test_scores_that_cannot_be_ranked_are_refused(size: int, value: float, what:
 def test_integers_are_refused() -> None:
     with pytest.raises(ParamsError, match="'a' are torch.int64"):
         top_coordinates({"a": torch.ones(3, dtype=torch.int64)}, 1)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.usefixtures("way")
-def test_cuda_agrees_with_the_cpu() -> None:
-    scores = spread(600_000, 0)
-    there = {name: score.cuda() for name, score in scores.items()}
-    assert lists(top_coordinates(there, 9000)) == lists(top_coordinates(scores, 9000))

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from pipeline.errors import MismatchError, ModelError, ParamsError
-from pipeline.losses import example_losses
+from pipeline.losses import example_losses, to_device
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex
 from pipeline.training import embeddings
 from pipeline.training.masked import MaskedParameters
 
-pytestmark = pytest.mark.usefixtures("one_thread_seeded")
+pytestmark = pytest.mark.usefixtures("one_thread_seeded", "repeatable")
 
 
 class Block(nn.Module):
@@ -69,8 +69,9 @@ def image_batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(6, 1, 6, 6, generator=draw), torch.randint(0, 3, (6,), generator=draw)
 
 
-def in_dtype(batch, dtype: torch.dtype):
-    return batch if isinstance(batch, dict) else (batch[0].to(dtype), batch[1])
+def on(place: torch.device, batch, dtype: torch.dtype = torch.float32):
+    """The batch there, its images in a dtype."""
+    return to_device(batch if isinstance(batch, dict) else (batch[0].to(dtype), batch[1]), place)
 
 
 CASES = {"bert": (tiny_bert, text_batch), "resnet": (TinyResNet, image_batch)}
@@ -95,6 +96,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def assert_frozen(model: nn.Module, before: dict[str, Tensor], mask: Mask) -> None:
     for name, flag in mask.to_bool().items():
         after = dict(model.named_parameters())[name].detach()
+        flag = flag.to(after.device)
         assert torch.equal(after[~flag].view(torch.uint8), before[name][~flag].view(torch.uint8)), name
 
 
@@ -103,8 +105,8 @@ class Oracle:
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
         self.model = model
-        self.flags = mask.to_bool()
         self.named = dict(model.named_parameters())
+        self.flags = {name: flag.to(self.named[name].device) for name, flag in mask.to_bool().items()}
         gathered = [self.named[name].detach()[flag].float() for name, flag in self.flags.items()]
         self.leaf = nn.Parameter(torch.cat(gathered))
 
@@ -113,7 +115,7 @@ class Oracle:
         parts = []
         for name, flag in self.flags.items():
             grad = self.named[name].grad
-            parts.append(torch.zeros(int(flag.sum())) if grad is None else grad[flag].float())
+            parts.append(self.leaf.new_zeros(int(flag.sum())) if grad is None else grad[flag].float())
         self.leaf.grad = torch.cat(parts)
         self.model.zero_grad()
 
@@ -140,9 +142,11 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("case", CASES)
-def test_frozen_is_frozen_and_theta_is_the_oracles(case: str, optimizer: str, dtype: torch.dtype) -> None:
+def test_frozen_is_frozen_and_theta_is_the_oracles(
+    case: str, optimizer: str, dtype: torch.dtype, place: torch.device
+) -> None:
     make, batches = CASES[case]
-    model = make().to(dtype)
+    model = make().to(place, dtype)
     twin = copy.deepcopy(model)
     mask = random_mask(model, whole=("classifier",) if case == "bert" else ("fc",))
     before = state_of(model)
@@ -153,7 +157,7 @@ def test_frozen_is_frozen_and_theta_is_the_oracles(case: str, optimizer: str, dt
     ours, plain = OPTIMIZERS[optimizer]([masked.values]), OPTIMIZERS[optimizer]([oracle.leaf])
     schedules = [torch.optim.lr_scheduler.LinearLR(o, 0.2, 1.0, 3) for o in (ours, plain)]
     for step in range(4):
-        batch = in_dtype(batches(step), dtype)
+        batch = on(place, batches(step), dtype)
         example_losses(model, batch).mean().backward()
         assert all(p.grad is None for p in model.parameters())
         example_losses(twin, batch).mean().backward()
@@ -175,20 +179,20 @@ def test_frozen_is_frozen_and_theta_is_the_oracles(case: str, optimizer: str, dt
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_autocast_with_a_gradient_scaler_gives_the_oracles_theta(case: str) -> None:
+def test_autocast_with_a_gradient_scaler_gives_the_oracles_theta(case: str, place: torch.device) -> None:
     make, batches = CASES[case]
-    model = make()
+    model = make().to(place)
     twin = copy.deepcopy(model)
     mask = random_mask(model)
     before = state_of(model)
     masked, oracle = MaskedParameters(model, mask), Oracle(twin, mask)
     thetas = [masked.values, oracle.leaf]
     opts = [torch.optim.SGD([theta], lr=0.05, momentum=0.9, weight_decay=0.01) for theta in thetas]
-    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in thetas]
+    scalers = [torch.amp.GradScaler(place.type, init_scale=1024.0) for _ in thetas]
     for step in range(3):
         for net, opt, scaler, theta in zip((model, twin), opts, scalers, thetas, strict=True):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = example_losses(net, batches(step)).mean()
+            with torch.autocast(place.type, torch.bfloat16):
+                loss = example_losses(net, on(place, batches(step))).mean()
             scaler.scale(loss).backward()
             if theta is oracle.leaf:
                 oracle.collect()
@@ -201,12 +205,12 @@ def test_autocast_with_a_gradient_scaler_gives_the_oracles_theta(case: str) -> N
         oracle.write()
     assert_frozen(model, before, mask)
     torch.testing.assert_close(masked.values, oracle.leaf, rtol=1e-3, atol=1e-4)
-    start = torch.cat([before[n].reshape(-1)[mask.indices[n]] for n in mask.index])
+    start = torch.cat([before[n].reshape(-1)[mask.indices[n].to(place)] for n in mask.index])
     assert float((masked.values.detach() - start).abs().max()) > 1e-3
 
 
-def test_fp16_weights_keep_an_fp32_master() -> None:
-    weight = nn.Linear(8, 8, bias=False).half()
+def test_fp16_weights_keep_an_fp32_master(place: torch.device) -> None:
+    weight = nn.Linear(8, 8, bias=False).to(place, torch.float16)
     mask = Mask.top_k({"weight": weight.weight.detach().float().abs()}, 0.5)
     masked = MaskedParameters(weight, mask)
     start = masked.values.detach().clone()
@@ -248,9 +252,9 @@ def test_optimizer_state_is_k_sized() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_dense_gradient_is_alive_at_a_time(case: str) -> None:
+def test_one_dense_gradient_is_alive_at_a_time(case: str, place: torch.device) -> None:
     make, batches = CASES[case]
-    model = make()
+    model = make().to(place)
     MaskedParameters(model, random_mask(model, 0.3))
     seen: list[int] = []
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -261,7 +265,7 @@ def test_one_dense_gradient_is_alive_at_a_time(case: str) -> None:
     for parameter in trained:
         parameter.register_hook(look)  # runs when its gradient arrives, before it is stored
         parameter.register_post_accumulate_grad_hook(look)  # runs after the product's hook of the same tensor
-    example_losses(model, batches(0)).mean().backward()
+    example_losses(model, on(place, batches(0))).mean().backward()
     assert len(seen) >= 2 * len(trained) and max(seen) == 0  # before its own arrives, and after it was taken
 
 
@@ -274,16 +278,19 @@ def test_no_gradient_is_formed_for_tensors_without_coordinates() -> None:
 
 @pytest.mark.parametrize("cover", ["some", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_embeddings_give_the_dense_gradient_without_forming_it(cover: str, dtype: torch.dtype) -> None:
+def test_large_embeddings_give_the_dense_gradient_without_forming_it(
+    cover: str, dtype: torch.dtype, place: torch.device
+) -> None:
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Embedding(embeddings.SPARSE_ROWS, 4, padding_idx=1), nn.Linear(4, 3)).to(dtype)
+    model = nn.Sequential(nn.Embedding(embeddings.SPARSE_ROWS, 4, padding_idx=1), nn.Linear(4, 3))
+    model = model.to(place, dtype)
     twin = copy.deepcopy(model)
     mask = random_mask_of_all(model) if cover == "all" else random_mask(model, 0.3)
     oracle = Oracle(twin, mask)
     masked = MaskedParameters(model, mask)
     layouts = []
     model[0].weight.register_hook(lambda g: layouts.append(g.layout))
-    ids = torch.randint(0, 40, (5, 9))  # repeated tokens, and the padding row
+    ids = torch.randint(0, 40, (5, 9)).to(place)  # repeated tokens, and the padding row
     for part in ids.split(2):
         model(part).float().square().sum().backward()
         twin(part).float().square().sum().backward()
@@ -295,30 +302,31 @@ def test_large_embeddings_give_the_dense_gradient_without_forming_it(cover: str,
     assert model[0].sparse is False
 
 
-def test_embeddings_with_no_masked_row_in_the_batch_get_zero() -> None:
-    model = nn.Sequential(nn.Embedding(embeddings.SPARSE_ROWS, 4), nn.Linear(4, 3))
+def test_embeddings_with_no_masked_row_in_the_batch_get_zero(place: torch.device) -> None:
+    model = nn.Sequential(nn.Embedding(embeddings.SPARSE_ROWS, 4), nn.Linear(4, 3)).to(place)
     index = ParameterIndex.of(model)
     mask = Mask(index, {"0.weight": torch.tensor([0, 5, 4 * embeddings.SPARSE_ROWS - 1])})
     masked = MaskedParameters(model, mask)
-    (model(torch.tensor([[7, 9]])).sum() * torch.inf).backward()  # an overflow in a frozen row stays there
-    assert torch.equal(masked.values.grad, torch.zeros(3))
-    model(torch.zeros(0, 2, dtype=torch.int64)).sum().backward()
-    assert torch.equal(masked.values.grad, torch.zeros(3))
+    # An overflow in a frozen row stays there.
+    (model(torch.tensor([[7, 9]], device=place)).sum() * torch.inf).backward()
+    assert masked.values.grad.tolist() == [0.0] * 3
+    model(torch.zeros(0, 2, dtype=torch.int64, device=place)).sum().backward()
+    assert masked.values.grad.tolist() == [0.0] * 3
 
 
-def test_tied_weights_count_once_and_stay_dense() -> None:
+def test_tied_weights_count_once_and_stay_dense(place: torch.device) -> None:
     config = GPT2Config(
         vocab_size=embeddings.SPARSE_ROWS, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=True,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config).to(place)
     twin = copy.deepcopy(model)
     mask = random_mask(model, 0.1)
     assert "lm_head.weight" not in mask.index
     before = state_of(model)
     masked, oracle = MaskedParameters(model, mask), Oracle(twin, mask)
     assert model.transformer.wte.sparse is False
-    ids = torch.randint(0, 50, (2, 6))
+    ids = torch.randint(0, 50, (2, 6)).to(place)
     for net in (model, twin):
         net(ids, labels=ids).loss.backward()
     oracle.collect()
@@ -331,19 +339,19 @@ def test_tied_weights_count_once_and_stay_dense() -> None:
     assert_frozen(model, before, mask)
 
 
-def test_the_gradient_accumulates_like_one_larger_batch() -> None:
-    model = tiny_bert()
+def test_the_gradient_accumulates_like_one_larger_batch(place: torch.device) -> None:
+    model = tiny_bert().to(place)
     masked = MaskedParameters(model, random_mask(model))
-    losses = example_losses(model, text_batch(0))
+    losses = example_losses(model, on(place, text_batch(0)))
     losses.sum().backward()
     whole = masked.values.grad.clone()
     masked.values.grad = None
-    losses = example_losses(model, text_batch(0))
+    losses = example_losses(model, on(place, text_batch(0)))
     losses[:1].sum().backward(retain_graph=True)
     losses[1:].sum().backward()
     torch.testing.assert_close(masked.values.grad, whole, rtol=1e-4, atol=1e-6)
     masked.values.grad.zero_()  # zero_grad(set_to_none=False)
-    example_losses(model, text_batch(0)).sum().backward()
+    example_losses(model, on(place, text_batch(0))).sum().backward()
     torch.testing.assert_close(masked.values.grad, whole, rtol=1e-4, atol=1e-6)
 
 
@@ -357,11 +365,33 @@ def test_gradients_of_two_steps_are_two_tensors() -> None:
     assert torch.equal(first, copied) and not torch.equal(first, masked.values.grad)
 
 
-def test_a_tensor_unused_in_a_step_counts_as_zero_gradient() -> None:
-    model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})
+@pytest.mark.parametrize("cover", ["some", "all"])
+def test_a_tensor_unused_in_a_backward_counts_as_zero_gradient(cover: str, place: torch.device) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)}).to(place)
+    index = ParameterIndex.of(model)
+    some = Mask(index, {"used.weight": torch.tensor([0, 4]), "idle.weight": torch.tensor([1, 2, 5])})
+    masked = MaskedParameters(model, random_mask_of_all(model) if cover == "all" else some)
+    x, (used, idle) = torch.ones(1, 3, device=place), (8, 8) if cover == "all" else (2, 3)
+    for _ in range(2):
+        model["used"](x).sum().backward()
+        assert masked.values.grad.tolist() == [1.0] * used + [0.0] * idle
+        model["idle"](x).sum().backward()  # the first for its tensors, the second for θ
+        model["used"](x).sum().backward()
+        assert masked.values.grad.tolist() == [2.0] * used + [1.0] * idle
+        masked.values.grad = None
+
+
+def test_a_gradient_that_the_caller_changed_or_set_is_added_to(place: torch.device) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)}).to(place)
     masked = MaskedParameters(model, random_mask_of_all(model))
-    model["used"](torch.ones(1, 3)).sum().backward()
-    assert torch.equal(masked.values.grad, torch.tensor([1.0] * 8 + [0.0] * 8))
+    x = torch.ones(1, 3, device=place)
+    model["used"](x).sum().backward()
+    masked.values.grad.add_(0.5)
+    model["idle"](x).sum().backward()
+    assert masked.values.grad.tolist() == [1.5] * 16
+    masked.values.grad = torch.full_like(masked.values, 0.5)
+    (model["idle"](x) + model["used"](x)).sum().backward()
+    assert masked.values.grad.tolist() == [1.5] * 16
 
 
 class Checkpointed(nn.Module):
@@ -384,11 +414,13 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("embedding_frozen", [False, True])
 @pytest.mark.parametrize("way", ["checkpoint", "compile"])
-def test_checkpointing_and_compile_give_the_same_theta(way: str, embedding_frozen: bool) -> None:
+def test_checkpointing_and_compile_give_the_same_theta(
+    way: str, embedding_frozen: bool, place: torch.device
+) -> None:
     thetas = []
     for special in (False, True):
         torch.manual_seed(0)
-        model = Checkpointed()
+        model = Checkpointed().to(place)
         mask = random_mask(model, 0.3)
         if embedding_frozen:
             mask = mask - Mask.covering(mask.index, ["embed.weight"])
@@ -401,7 +433,7 @@ def test_checkpointing_and_compile_give_the_same_theta(way: str, embedding_froze
         opt = torch.optim.AdamW([masked.values], lr=1e-2)
         for step in range(3):
             ids = torch.randint(0, 50, (4, 6), generator=torch.Generator().manual_seed(step))
-            example_losses(run, (ids, torch.tensor([0, 1, 2, 3]))).mean().backward()
+            example_losses(run, on(place, (ids, torch.tensor([0, 1, 2, 3])), ids.dtype)).mean().backward()
             opt.step()
             masked.write_()
             opt.zero_grad()
@@ -418,15 +450,15 @@ def test_writing_between_forward_and_backward_is_noticed() -> None:
         loss.backward()
 
 
-def test_channels_last_weights_are_read_and_written_by_logical_coordinate() -> None:
-    model = TinyResNet().to(memory_format=torch.channels_last)
+def test_channels_last_weights_are_read_and_written_by_logical_coordinate(place: torch.device) -> None:
+    model = TinyResNet().to(place).to(memory_format=torch.channels_last)
     twin = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     mask = random_mask(model, whole=("blocks.0.conv",))
     thetas = []
     for net in (model, twin):
         masked = MaskedParameters(net, mask)
         opt = torch.optim.SGD([masked.values], lr=0.1)
-        example_losses(net, image_batch(0)).mean().backward()
+        example_losses(net, on(place, image_batch(0))).mean().backward()
         opt.step()
         masked.write_()
         thetas.append(masked.values.detach())
@@ -437,14 +469,14 @@ def test_channels_last_weights_are_read_and_written_by_logical_coordinate() -> N
 
 
 @pytest.mark.parametrize("name", ["adamw-fused", "adamw-foreach", "sgd-nesterov", "rmsprop"])
-def test_moments_follow_the_coordinates_that_stay(name: str) -> None:
-    model = tiny_bert()
+def test_moments_follow_the_coordinates_that_stay(name: str, place: torch.device) -> None:
+    model = tiny_bert().to(place)
     first, second = random_mask(model, 0.3, seed=1), random_mask(model, 0.3, seed=2, whole=("classifier",))
     masked = MaskedParameters(model, first)
     theta = masked.values
     opt = OPTIMIZERS[name]([theta])
     for step in range(3):
-        example_losses(model, text_batch(step)).mean().backward()
+        example_losses(model, on(place, text_batch(step))).mean().backward()
         opt.step()
         opt.zero_grad()
         if step < 2:
@@ -471,7 +503,7 @@ def test_moments_follow_the_coordinates_that_stay(name: str) -> None:
     assert opt.state[theta].get("step", torch.tensor(0)).item() == old_step
 
     before = state_of(model)
-    example_losses(model, text_batch(9)).mean().backward()
+    example_losses(model, on(place, text_batch(9))).mean().backward()
     opt.step()
     masked.write_()
     assert_frozen(model, before, second)
