@@ -5,9 +5,9 @@
     python -m benchmarks.fisher --only bert-large              # one model; with BackPACK where it is installed
 
 Every round runs every method once, in turn, so that whatever else the machine does hits all alike. So read the
-ratios, each the median over rounds of a method's time over that of plain forward+backward in the same round. The
-peak is measured in a process of its own, over what the model and the batch occupy. Overlap: of the top 0.5 % with
-the float64 one-example-at-a-time oracle, on a few examples.
+ratios, each the median over rounds of a method's time over that of plain forward+backward in the same round. On a
+GPU fp32 is IEEE for all, not TF32. The peak is measured apart, on a CPU in a process of its own, over what the model
+and the batch occupy. Overlap: of the top 0.5 % with the float64 one-example-at-a-time oracle, on a few examples.
 """
 
 import argparse
@@ -78,6 +78,7 @@ def peak(name: str, label: str, chosen: argparse.Namespace) -> float:
     method = {**LABEL, **EXPECT}[label]
     plain(model, rows_of(batch, 0, 1, size), 1)  # libraries load and pools fill outside the measurement
     if chosen.device == "cuda":
+        model.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         method(model, batch, size)
@@ -105,7 +106,10 @@ def peak(name: str, label: str, chosen: argparse.Namespace) -> float:
 
 
 def peak_elsewhere(name: str, label: str, chosen: argparse.Namespace) -> str:
-    """Run `peak` in a fresh process."""
+    """Run `peak` where nothing is left of other measurements: on a CPU in a fresh process."""
+    if chosen.device == "cuda":  # its allocator counts tensors, not pages
+        torch.cuda.empty_cache()
+        return f"{peak(name, label, chosen):.0f}"
     command = [sys.executable, "-m", "benchmarks.fisher", "--device", chosen.device, "--dtype", chosen.dtype]
     command += ["--threads", str(chosen.threads), "--peak", name, label]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -160,6 +164,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     warnings.simplefilter("ignore")
+    torch.backends.fp32_precision = "ieee"  # as fisher_diagonal computes
     if chosen.peak:
         print(peak(*chosen.peak, chosen))
         return
