@@ -7,7 +7,8 @@
 Every round runs every method once, in turn, so that whatever else the machine does hits all alike. So read the
 ratios, each the median over rounds of a method's time over that of plain forward+backward in the same round. On a
 GPU fp32 is IEEE for all, not TF32. The peak is measured apart, on a CPU in a process of its own, over what the
-model and the batch occupy. Overlap: of the top 0.5 % with the float64 one-example-at-a-time oracle, on a few examples.
+model and the batch occupy. Overlap: of the top 0.5 % with the float64 one-example-at-a-time oracle, on a few
+examples.
 """
 
 import argparse
@@ -164,9 +165,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     warnings.simplefilter("ignore")
-    cudnn: Any = torch.backends.cudnn
-    for backend in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
-        backend.fp32_precision = "ieee"  # as fisher_diagonal computes
+    torch.backends.cudnn.allow_tf32 = False  # as fisher_diagonal computes; elsewhere that is torch's default
     if chosen.peak:
         print(peak(*chosen.peak, chosen))
         return
