@@ -1,18 +1,19 @@
-"""Deltas: bytes of values coded in each dtype; time to apply, swap and revert against loading a state dict.
+"""Deltas and chains: bytes of values in each dtype; time to apply, swap, revert, restore against a dense load.
 
     python -m benchmarks.deltas --threads 1         # a minute; writes results/deltas-cpu.md
     python -m benchmarks.deltas --threads 1 --delta artifacts/train/words-fish-main/seed-0/delta.safetensors
 
 A MiniLM-shaped BERT (22.7 M parameters, random weights), and two random masks of 0.5 % with the head, each trained
-by 20 steps of AdamW. Dense is the state dict as a safetensors file, read and copied into the model. The files are
-in the page cache. With ``--delta`` the coding of values is measured on the given files as well. LoRA's hot swap
-(rank 8 on query and value, no head) is PEFT's, from files and from memory; left out where peft is not installed.
+by 20 steps of AdamW; the chain has eight steps of the two in turn. Dense is the state dict as a safetensors file,
+read and copied into the model. The files are in the page cache. With ``--delta`` the coding of values is measured
+on the given files as well. LoRA's hot swap (rank 8 on query and value, no head) is PEFT's, from files and from
+memory; left out where peft is not installed.
 """
 
 import copy
-import statistics
 import tempfile
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.rounds import header, interleaved, options, publish, ratios, spread, table
+from benchmarks.rounds import header, interleaved, options, publish, ratios, share, spread, table
 from benchmarks.step import DTYPES, minilm
 from pipeline.deltas import thin
 from pipeline.deltas import values as coding
+from pipeline.deltas.chain import Chain
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.variants import Variants
-from pipeline.files import read_file
 from pipeline.masks import select
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex, base_digest
 from pipeline.tasks.saved import load_model
 from pipeline.training.masked import MaskedParameters
 
+STEPS = 8  # of the chain
+NEWEST = "Chain: restore_ the newest step"
+CHECKED = ("Delta.load: checksums and digests", "Delta.load, thin: checksums and digests")
 CODED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -82,6 +86,20 @@ def coded(name: str, delta: Delta, base: nn.Module, rounds: int) -> list[list[st
         shares = [f"{part.nbytes / high.nbytes:.3f}" for _, part in (alone, against)]
         rows.append([name, title, f"{high.nbytes:,}", *shares, *(spread(own) for own in times.values())])
     return rows
+
+
+def chained(base: nn.Module, masks: list[Mask], folder: Path) -> Chain:
+    """Make a chain of steps of about the size that training makes."""
+    chain, model = Chain.create(folder, base), copy.deepcopy(base)
+    torch.manual_seed(0)
+    for step in range(STEPS):
+        mask = masks[step % len(masks)]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                at = mask.indices[name].to(parameter.device)
+                parameter.view(-1)[at] += (1e-3 * torch.randn(len(at))).to(parameter)
+        chain.append(model, mask)
+    return chain
 
 
 def lora(base: nn.Module, folder: Path, device: str) -> dict[str, Callable[[], object]]:
@@ -140,10 +158,15 @@ def main() -> None:
             "delta that keeps the base's values": a.with_base(base).save(kept),
             "of each the mask": masks[0].save(only),
         }
+        chain = chained(base, masks, folder / "chain")
+        sizes[f"chain of {STEPS} steps, without its base"] = sum(sum(step.nbytes.values()) for step in chain.steps)
         b.save(second, base=base)
         lines += table(
             ["file", "bytes", "dense is larger"],
-            [[name, f"{size:,}", f"{sizes['dense checkpoint'] / size:.1f}x"] for name, size in sizes.items()],
+            [
+                [name, f"{size:,}", f"{sizes['dense checkpoint'] * (STEPS if 'chain' in name else 1) / size:.1f}x"]
+                for name, size in sizes.items()
+            ],
         )
         rows = coded("random mask, 20 steps", a, base, chosen.rounds) if chosen.dtype == "fp32" else []
         for file in chosen.delta:
@@ -173,6 +196,20 @@ def main() -> None:
             Delta.swap_(filed, at_hand[0], fresh)
             at_hand[0] = fresh
 
+        restored, bytes_of = copy.deepcopy(base), {file: file.read_bytes() for file in (alone, slim)}
+
+        def verify(file: Path) -> None:
+            """Hash what loading a file hashes: its bytes, its mask, and, of values that need no base, all."""
+            blake2b(bytes_of[file], digest_size=32)
+            Mask.digest.func(a.mask)  # cached otherwise
+            if file == alone:
+                thin.content_digest(a.mask, a.base, a.values, a.buffers)
+
+        def dense_and_verify() -> None:
+            state = load_file(dense, device)
+            base_digest(state)
+            restored.load_state_dict(state)
+
         times = interleaved(
             {
                 "dense: read and load_state_dict": lambda: plain.load_state_dict(load_file(dense, device)),
@@ -182,7 +219,12 @@ def main() -> None:
                 "Delta.save, thin, base verified": lambda: a.save(slim, base=base),
                 "Delta.load": lambda: Delta.load(alone),
                 "Delta.load, thin": lambda: Delta.load(slim),
-                "of it reading and verifying bytes": lambda: read_file(slim, format="fishmask-delta", version=2),
+                CHECKED[0]: lambda: verify(alone),
+                CHECKED[1]: lambda: verify(slim),
+                "dense: read, digest, load_state_dict": dense_and_verify,
+                "Chain.open": lambda: Chain.open(folder / "chain"),
+                NEWEST: lambda: chain.restore_(restored),
+                "Chain: restore_ the first step": lambda: chain.restore_(restored, 1),
                 "base digest": lambda: base_digest(base),
                 "apply_": lambda: a.apply_(plain),
                 "revert_": lambda: a.revert_(plain),
@@ -201,11 +243,15 @@ def main() -> None:
         ["action", "ms", "ratio to dense read and load"],
         [[name, spread(own), ratios(own, reload)] for name, own in times.items()],
     )
-    share = statistics.median(times["base digest"]) / statistics.median(times["apply_"])
-    lines += [
-        f"`apply_` and `revert_` verify the whole base, which takes {share:.0%} of `apply_`; `swap_` verifies the "
-        "values it replaces.",
-    ]
+    parts = {
+        "Delta.load": CHECKED[0], "Delta.load, thin": CHECKED[1], "apply_": "base digest", NEWEST: "base digest"
+    }  # fmt: skip
+    lines += table(
+        ["action", "of it checksums and digests"],
+        [[name, share([times[part]], times[name])] for name, part in parts.items()],
+    )
+    lines += ["`apply_` and `revert_` verify the whole base, `restore_` the whole state; `swap_` verifies the "
+              "values it replaces."]  # fmt: skip
     publish(f"deltas-{device}{'' if chosen.dtype == 'fp32' else '-' + chosen.dtype}.md", lines)
 
 

@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from hashlib import blake2b
 from math import lgamma, log
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from benchmarks.rounds import header, interleaved, options, publish, ratios, spread, table
+from benchmarks.rounds import header, interleaved, options, publish, ratios, share, spread, table
 from benchmarks.step import minilm
 from pipeline.masks import codec, rice, select
 from pipeline.masks.budget import budget
@@ -200,18 +201,23 @@ def main() -> None:
     for name, mask in masks.items():
         sections = mask.pack()
         mask.save(file)
+        data = file.read_bytes()
         speed = interleaved(
             {
                 "encode": mask.pack,
                 "decode": lambda sections=sections: codec.decode(sections, "benchmark"),
                 "save": lambda mask=mask: mask.save(file),
                 "load": lambda: Mask.load(file),
+                "checksums": lambda data=data: blake2b(data, digest_size=32),
+                "digest": lambda mask=mask: Mask.digest.func(mask),  # cached otherwise
             },
             chosen.rounds,
             "cpu",
         )
-        rows.append([name, *(spread(own) for own in speed.values())])
-    lines += table(["mask", "encode ms", "decode ms", "save ms", "load and verify ms"], rows)
+        shown = [spread(speed[act]) for act in ("encode", "decode", "save", "load")]
+        rows.append([name, *shown, share([speed["checksums"], speed["digest"]], speed["load"])])
+    columns = ["mask", "encode ms", "decode ms", "save ms", "load and verify ms", "of it checksums and digest"]
+    lines += table(columns, rows)
     ranking = Ranking.of(scores)
     speed = interleaved(
         {

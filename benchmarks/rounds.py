@@ -59,6 +59,11 @@ def ratios(values: list[float], reference: list[float]) -> str:
     return spread([a / b for a, b in zip(values, reference, strict=True)], 2)
 
 
+def share(parts: list[list[float]], whole: list[float]) -> str:
+    """Write the median and range of the share that some contestants take of another, within each round."""
+    return spread([100 * sum(some) / all_ for *some, all_ in zip(*parts, whole, strict=True)], 0) + " %"
+
+
 def header(title: str, device: str) -> list[str]:
     """Say where, when, with what and how the numbers came about."""
     name = torch.cuda.get_device_name() if device == "cuda" else (platform.processor() or platform.machine())
