@@ -12,7 +12,7 @@ in params.yaml; successive halving (``pipeline.training.halving``) gives the bet
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -30,7 +30,7 @@ from pipeline.tasks.choosing import Learning, choose, trained_model
 from pipeline.tasks.fitting import fit_task
 from pipeline.tasks.scoring import scores_for
 from pipeline.training.device import Device, choose_device
-from pipeline.training.halving import best_rate, halving
+from pipeline.training.halving import Scores, best_rate, halving
 from pipeline.training.methods import method_named
 from pipeline.training.recipe import Recipe
 from stages.runner import use_threads
@@ -64,34 +64,34 @@ def tune(
     Returns:
         method -> the best rate: the highest mean score on ``tune``, the lower rate where two are equal.
     """
-    settings, own = _at(params, name, setting), params.settings[setting].lr.get(name)
+    settings, own = at_setting(params, name, setting), params.settings[setting].lr.get(name)
     use_threads(params.threads)
     device = choose_device(params.device, params.precision)
     task = Task.load(workspace.out(Cell("fetch", name)), settings.model, settings.metric)
     best: dict[str, float] = {}
-    log: dict[str, Any] = {}
+    log: dict[str, Scores] = {}
     for method in methods or own or [m for m, known in params.methods.items() if name in known.lr]:
         start = params.at(params.rate_key(name, method, setting))
 
         @cache
         def mask(seed: int, method: str = method) -> Mask:
-            return _mask(task, params, settings, method, seed, device, best.get("dense"))
+            return tuning_mask(task, params, settings, method, seed, device, best.get("dense"))
 
         def score(rate: float, seed: int, method: str = method) -> float:
-            return _score(task, settings, method, mask(seed, method), rate, seed, device)
+            return tuning_score(task, settings, method, mask(seed, method), rate, seed, device)
 
         tried = halving(start, reach, params.seeds[:seeds], score)
         best[method] = best_rate(tried)
-        log[method] = {"best": best[method], "tried": {f"{r:g}": s for r, s in tried.items()}}
+        log[method] = tried
         _show(name, method, settings.metric, tried, best[method])
-    _record(workspace, name, setting, settings, task, log)
+    record(workspace, name, setting, settings, task, log)
     if write:
         found = {params.rate_key(name, method, setting): rate for method, rate in best.items()}
         edit_yaml(workspace.root / "params.yaml", found)
     return best
 
 
-def _at(params: Params, name: str, setting: str) -> TaskParams:
+def at_setting(params: Params, name: str, setting: str) -> TaskParams:
     """The task as a setting has it.
 
     Returns:
@@ -103,17 +103,32 @@ def _at(params: Params, name: str, setting: str) -> TaskParams:
     return task.model_copy(update={"density": there.density or task.density, "score": score})
 
 
-def _mask(
+def tuning_mask(
     task: Task, params: Params, settings: TaskParams, method: str, seed: int, device: Device, dense: float | None
 ) -> Mask:
-    """The method's mask, from the ``fit`` part of train alone; a learned one at the rate found for dense."""
+    """Choose a method's mask from the ``fit`` part of train alone.
+
+    Args:
+        task: the data.
+        params: the project's settings.
+        settings: the task's, at the setting tuned for.
+        method: the method.
+        seed: of head, draw and examples.
+        device: where, and in which precision a learned mask is learned.
+        dense: the rate found for ``dense``, at which a mask is learned; None takes that of ``params``.
+
+    Returns:
+        The mask.
+    """
     model = task.model(seed).to(device.device)
     score = settings.score.variant(method_named(method).variant)
     scores = scores_for(
         method, task, model, examples=score.examples[-1], seed=seed, split="fit", head=settings.head, **score.how()
     )
     learning = None
-    if method_named(method).strategy == "learned":
+    if method_named(method).strategy != "learned":
+        model.cpu()  # as the mask stage has it
+    else:
         lr = dense or params.at(f"methods.dense.lr.{task.name}")
         recipe = Recipe(lr=lr, seed=seed, **settings.train.model_dump(exclude={"batch_size"}))
         how = params.methods[method].learn
@@ -125,10 +140,23 @@ def _mask(
     return mask
 
 
-def _score(
+def tuning_score(
     task: Task, settings: TaskParams, method: str, mask: Mask, rate: float, seed: int, device: Device
 ) -> float:
-    """Train on ``fit`` and score on ``tune``; a run that diverges scores -inf."""
+    """Train on ``fit`` and score on ``tune``.
+
+    Args:
+        task: the data.
+        settings: the task's.
+        method: the method, for the progress display.
+        mask: what is trained.
+        rate: the learning rate.
+        seed: of head, order of the data and dropout.
+        device: where, and in which precision.
+
+    Returns:
+        The task's metric after the last epoch; -inf for a run that diverges.
+    """
     recipe = Recipe(lr=rate, seed=seed, **settings.train.model_dump(exclude={"batch_size"}))
     name = f"tune {task.name} {method} lr {rate:g} seed {seed}"
     model = trained_model(task.model(seed), mask).to(device.device)
@@ -149,15 +177,30 @@ def _show(task: str, method: str, metric: str, tried: dict[float, list[float]], 
     Console().print(table)
 
 
-def _record(
-    workspace: Workspace, name: str, setting: str, settings: TaskParams, task: Task, log: dict[str, Any]
+def record(
+    workspace: Workspace, name: str, setting: str, settings: TaskParams, task: Task, tried: Mapping[str, Scores]
 ) -> None:
-    """Keep what was tried beside the metrics of the pipeline, for the report and the reader."""
+    """Keep what was tried beside the metrics of the pipeline, for the report and the reader.
+
+    Args:
+        workspace: the project.
+        name: the task's name.
+        setting: the setting tuned for.
+        settings: the task's, at that setting.
+        task: the data.
+        tried: method -> rate -> its scores; methods recorded before stay.
+    """
     file = workspace.metrics(Cell("tune-lr", name, setting=None if setting == "main" else setting))
     before = json.loads(file.read_text())["methods"] if file.is_file() else {}
     rows = {split: len(task.rows(split)) for split in ("fit", "tune")}
     document: dict[str, Any] = {"task": name, "setting": setting, "density": settings.density}
     document |= {"metric": settings.metric, "rows": rows, "train": settings.train.model_dump()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    finite = json.loads(json.dumps(before | log).replace("-Infinity", "null"))
-    write_json(file, document | {"methods": dict(sorted(finite.items()))})
+    log = {
+        method: {
+            "best": best_rate(scores),
+            "tried": {f"{r:g}": [x if math.isfinite(x) else None for x in scores[r]] for r in scores},
+        }
+        for method, scores in tried.items()
+    }
+    write_json(file, document | {"methods": dict(sorted((before | log).items()))})

@@ -7,12 +7,13 @@ by a shortened run. Source: Jamieson, Talwalkar 2016, "Non-stochastic Best Arm I
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 STEPS = (1.0, 2.0, 5.0)
 """The rates of a decade."""
 
 Scores = dict[float, list[float]]
+Runs = list[tuple[float, int]]
 
 
 def halving(start: float, reach: int, seeds: Sequence[int], score: Callable[[float, int], float]) -> Scores:
@@ -30,14 +31,40 @@ def halving(start: float, reach: int, seeds: Sequence[int], score: Callable[[flo
     Returns:
         rate -> its scores, one for each rung that it took part in.
     """
+    search = rungs(start, reach, seeds)
+    asked = next(search)
+    while True:
+        try:
+            asked = search.send([score(*run) for run in asked])
+        except StopIteration as end:
+            tried: Scores = end.value
+            return tried
+
+
+def rungs(start: float, reach: int, seeds: Sequence[int]) -> Generator[Runs, Sequence[float], Scores]:
+    """The search of ``halving``, for who makes the runs himself, several at once perhaps.
+
+    Args:
+        start: as in ``halving``.
+        reach: likewise.
+        seeds: likewise.
+
+    Yields:
+        The (rate, seed) pairs to run next; send their scores, in that order.
+
+    Returns:
+        As ``halving``.
+    """
     alive = [grid(start, move) for move in range(-reach, reach + 1)]
-    tried: Scores = {rate: [score(rate, seeds[0])] for rate in alive}
+    scores = yield [(rate, seeds[0]) for rate in alive]
+    tried: Scores = {rate: [score] for rate, score in zip(alive, scores, strict=True)}
     while (beyond := _beyond(tried)) is not None:
-        tried[beyond] = [score(beyond, seeds[0])]
+        tried[beyond] = list((yield [(beyond, seeds[0])]))
     for seed in seeds[1:]:
         alive = _best_half(tried)
-        for rate in alive:
-            tried[rate].append(score(rate, seed))
+        scores = yield [(rate, seed) for rate in alive]
+        for rate, score in zip(alive, scores, strict=True):
+            tried[rate].append(score)
     return dict(sorted(tried.items()))
 
 
