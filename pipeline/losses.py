@@ -112,11 +112,11 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Send a tensor to a device without waiting for the work that is queued there.
+    """Send a tensor to a device; from the CPU to a GPU without waiting for the work that is queued there.
 
     Returns:
         The tensor on the device; itself where it is there already.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device)  # without waiting, a copy back to the CPU might be read before it is there

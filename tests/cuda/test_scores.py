@@ -59,7 +59,7 @@ def test_products_are_in_full_precision_and_the_settings_as_before(precision, cu
         for backend, was in zip(backends, before, strict=True):
             backend.fp32_precision = was
     # TF32 keeps 11 bits: its errors are about 1e-3 of the largest.
-    assert_close_scores(found, fisher_diagonal_reference(model, [(x, y)]), 2e-5)
+    assert_close_scores(found, fisher_diagonal_reference(model, [(x, y)]), 5e-5)
 
 
 def wide(place):
@@ -79,7 +79,7 @@ def test_scores_in_pieces_that_fit_the_memory_are_the_same(cuda, little_memory):
     little_memory(torch.cuda.memory_allocated() + (400 << 20))  # one layer of all examples is 512 MiB
     found, size = in_pieces_that_fit(score, count, "scoring batches", said.append)
     assert size < count and said[-1].endswith("from here on")
-    assert_close_scores(found, whole, 1e-5)
+    assert_close_scores(found, whole)
 
 
 def test_a_small_chunk_changes_nothing(cuda):

@@ -32,7 +32,9 @@ def test_images_are_normalised_there_as_on_the_cpu(cuda):
 def test_a_batch_is_sent_once_and_whole(cuda):
     x = torch.randn(1000, 33)
     there = sent(x, cuda)
-    assert torch.equal(there.cpu(), x) and sent(there, cuda) is there and torch.equal(sent(there, x.device), x)
+    assert torch.equal(there.cpu(), x) and sent(there, cuda) is there
+    torch.cuda._sleep(50_000_000)  # a copy that did not wait would be read before it is there
+    assert torch.equal(sent(there + 1, x.device), x + 1)
     batch = to_device({"input_ids": x, "texts": ["a"], "labels": torch.arange(3)}, cuda)
     assert batch["input_ids"].is_cuda and batch["labels"].is_cuda and batch["texts"] == ["a"]
 

@@ -125,6 +125,9 @@ def test_a_model_that_does_not_fit_at_all_ends_in_one_line(cuda, little_memory):
             fit(model, lambda _: [(x, torch.tensor([0, 1]))], masked=masked, recipe=Recipe(1, 1e-2), loss=loss)
 
 
+PROTOTYPE = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+
+
 @contextlib.contextmanager
 def waiting(mode):
     """What happens where something waits for the device: ``error`` or ``default`` (nothing)."""
@@ -136,6 +139,7 @@ def waiting(mode):
         torch.cuda.set_sync_debug_mode(before)
 
 
+@PROTOTYPE
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_waits_for_the_device(case, optimizer, cuda):
@@ -164,6 +168,7 @@ def test_no_step_waits_for_the_device(case, optimizer, cuda):
     assert seen == list(range(1, 11))
 
 
+@PROTOTYPE
 def test_a_wait_would_be_noticed(cuda):
     with waiting("error"), pytest.raises(RuntimeError, match="synchronizing"):
         torch.ones(1, device=cuda).item()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.warm import warm_process
+from pipeline.runtime.warm import warm_process
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 def test_forks_of_the_warm_process_use_the_gpu(tmp_path, monkeypatch):
     folder = tmp_path / "stages"
     folder.mkdir()
-    (folder / "__init__.py").write_text("from pipeline.warm import hand_over\nhand_over()\n")
+    (folder / "__init__.py").write_text("from pipeline.runtime.warm import hand_over\nhand_over()\n")
     (folder / "probe.py").write_text(
         "import sys\n"
         "warm = 'torch' in sys.modules\n"
