@@ -30,8 +30,8 @@ def little_memory(cuda):
 
     def limit(nbytes):
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(nbytes / total, cuda)
+        torch.cuda.set_per_process_memory_fraction(nbytes / total)
 
     yield limit
-    torch.cuda.set_per_process_memory_fraction(1.0, cuda)
+    torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
