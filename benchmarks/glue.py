@@ -114,8 +114,7 @@ class Plan:
 
     def tell(self, name: str, seconds: float, why: str) -> None:
         """Show that a part ended, and keep what is known once it is a cell."""
-        if why or not name.startswith("try "):
-            print(f"{name}: {why or f'{seconds:.1f} s'}", flush=True)
+        print(f"{name}: {why or f'{seconds:.1f} s'}", flush=True)
         if name.startswith("train ") and self.options.result:
             write_scores(self.options.result.with_suffix(".json"), self.root)
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -42,7 +43,7 @@ def write_tables(file: Path, root: Path, how: str, missing: Sequence[str]) -> No
 
 
 def _command() -> str:
-    return " ".join(["python -m benchmarks.glue", *sys.argv[1:]])
+    return shlex.join(["python", "-m", "benchmarks.glue", *sys.argv[1:]])
 
 
 @cache

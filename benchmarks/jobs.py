@@ -118,6 +118,7 @@ def work(
             for pipe in wait(list(busy), left):
                 worker = busy[pipe]  # type: ignore[index]
                 job, (right, result, seconds) = worker.answer()
+                tell(job.name, seconds, "" if right else result)
                 if right:
                     board.finish(job.name)
                     if job.then is not None:
@@ -125,7 +126,6 @@ def work(
                 else:
                     for name in filter(None, (job.name, job.goal)):
                         board.fail(name, result)
-                tell(job.name, seconds, "" if right else result)
                 if not worker.process.is_alive():
                     crew[crew.index(worker)] = _Worker(worker.number, prepare, logs)
 
