@@ -199,6 +199,7 @@ def restore_until_killed(chain, out):
         chains.restore(chain, draw.randrange(2), out, None, force=True)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of Python 3.12
 @pytest.mark.parametrize("name", ["state.safetensors", "folder"])
 def test_what_is_restored_is_whole_whenever_the_command_is_killed(tmp_path, name):
     """Killed at random moments, some of them in the midst of writing, as is seen by what lies beside then."""

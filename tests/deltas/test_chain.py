@@ -604,6 +604,7 @@ def work_until_killed(folder: Path) -> None:
             chain.prune(count if act == "prune" else numbers[:count])
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of Python 3.12
 def test_a_chain_killed_again_and_again_is_always_sound(tmp_path: Path) -> None:
     base, folder, seen = Net(), tmp_path / "run", set()
     Chain.create(folder, base)
