@@ -105,12 +105,11 @@ def _values(delta: "Delta", before: Mapping[str, Tensor] | None, every: bool) ->
         alone, section = f"values.{dtype_name(dtype)}", thin.section_of(dtype)
         left = {n: v for n, v in delta.values.items() if v.dtype == dtype and n not in names}
         coded: Coded = _alone("values", left, order)
-        coded |= {
-            section: coding.encode_against(
-                thin.joined(delta.values, names), thin.joined(source, names), thin.places(delta.mask, names)
-            )
-        }
-        if _bytes(coded) < _bytes({alone: own[alone]}):
+        coder, code = coding.encode_against(
+            thin.joined(delta.values, names), thin.joined(source, names), thin.places(delta.mask, names)
+        )
+        coded[section] = coder, code
+        if coder == coding.RESIDUALS and _bytes(coded) < _bytes({alone: own[alone]}):
             del own[alone]
             own |= coded
             against = KEPT if kept is not None else ALL if every else PARTS

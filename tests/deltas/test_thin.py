@@ -196,6 +196,25 @@ def test_values_that_the_base_says_nothing_of_stand_alone(tmp_path: Path) -> Non
     assert size == delta.save(tmp_path / "alone.safetensors") <= 4 * mask.nnz + 6000
 
 
+def test_a_head_that_packs_well_beside_noise_is_no_reason_for_a_thin_file(tmp_path: Path) -> None:
+    """Apart from the noise the head is smaller, and the noise against the base as large as it is."""
+    base = nn.Sequential(nn.Linear(200, 900), nn.Linear(300, 40, bias=False))
+    index = ParameterIndex.of(base)
+    mask = Mask.covering(index, ["1.weight"], {"0.weight": torch.arange(1, index.numel("0.weight"))})
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model[0].weight.view(-1)[1:] = (
+            torch.randint(-(2**31), 2**31, (index.numel("0.weight") - 1,)).int().view(torch.float32)
+        )
+        model[1].weight[:] = model[1].weight[:1].clone()
+    Delta.of(model, mask, base=base).save(tmp_path / "thin.safetensors", base=base)
+    there = copy.deepcopy(base)
+    loaded = Delta.load(tmp_path / "thin.safetensors")
+    assert loaded.thin is None
+    loaded.apply_(there)
+    assert same(bits(there), bits(model))
+
+
 @pytest.mark.parametrize("way", ["apply", "resolve", "save", "with_base", "taken before"])
 def test_a_wrong_base_is_refused_before_a_byte_changes(tmp_path: Path, way: str) -> None:
     base = net()
