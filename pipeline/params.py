@@ -305,7 +305,7 @@ class Params(_Strict):
         try:
             params = cls.model_validate(plain(raw))
         except ValidationError as error:
-            raise ParamsError(_line(Path(path).name, raw, error)) from None
+            raise ParamsError(_line(Path(path).name, raw, error, overrides or {})) from None
         for key, name, known in params._references():
             if name not in known:
                 where = f"{Path(path).name}:{row_of(raw, key.split('.'))}: {key}"
@@ -385,13 +385,14 @@ class Params(_Strict):
         return here
 
 
-def _line(file: str, raw: Any, error: ValidationError) -> str:
+def _line(file: str, raw: Any, error: ValidationError, overrides: Iterable[str]) -> str:
     """The first mistake as one line; a misspelt key before the key that it leaves missing."""
     mistakes = error.errors()
     first = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
     parts = [part for part in first["loc"] if part != "[key]"]
     key = ".".join(str(part) for part in parts)
-    where = f"{file}:{row_of(raw, parts)}: {key}"
+    given = any(f"{key}.".startswith(f"{own}.") for own in overrides)
+    where = f"{key} as given in place of {file}'s" if given else f"{file}:{row_of(raw, parts)}: {key}"
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key {unknown(str(parts[-1]), _fields(parts[:-1]))}"
     if first["type"] == "missing":

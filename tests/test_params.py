@@ -121,8 +121,10 @@ def test_overrides_are_checked_like_the_file():
     assert parse_overrides(["a.b=5e-5", "c=[1, 2]", "d=off"]) == {"a.b": 5e-5, "c": [1, 2], "d": "off"}
     with pytest.raises(ParamsError, match="KEY=VALUE"):
         parse_overrides(["density"])
-    with pytest.raises(ParamsError, match="expected"):
-        Params.load(ROOT / "params.yaml", {"tasks.words.density": 0})
+    told = message(ROOT / "params.yaml", **{"tasks.words.density": 0})
+    assert told == "tasks.words.density as given in place of params.yaml's: expected greater than 0, got 0"
+    told = message(ROOT / "params.yaml", **{"tasks.words.train.epochs": 1, "tasks.words.train.lrr": 1})
+    assert told.startswith("tasks.words.train.lrr as given in place of params.yaml's: unknown key 'lrr'")
 
 
 def test_editing_changes_the_value_and_nothing_else(tmp_path):
