@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline import files
@@ -194,6 +196,50 @@ def test_values_that_the_base_says_nothing_of_stand_alone(tmp_path: Path) -> Non
     size = delta.save(tmp_path / "thin.safetensors", base=base)
     assert Delta.load(tmp_path / "thin.safetensors").thin is None
     assert size == delta.save(tmp_path / "alone.safetensors") <= 4 * mask.nnz + 6000
+
+
+def valued(kind: str, before: Tensor) -> Tensor:
+    """Values of a kind, in place of those of a base."""
+    if kind == "noise":
+        integers = {2: torch.int16, 4: torch.int32}[before.element_size()]
+        return torch.randint(0, 2**16, before.shape).mul(40503).to(integers).view(before.dtype)
+    if kind == "pattern":
+        return torch.randn(300).to(before.dtype).repeat(len(before) // 300 + 1)[: len(before)]
+    return before + (1e-3 * torch.randn(before.shape)).to(before.dtype) if kind == "near" else before
+
+
+@settings(max_examples=60)
+@given(
+    kinds=st.lists(st.sampled_from(["near", "noise", "pattern", "unmoved"]), min_size=3, max_size=3),
+    whole=st.lists(st.booleans(), min_size=3, max_size=3),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=3, max_size=3),
+    keep=st.booleans(),
+)
+def test_values_of_any_kind_come_back(
+    tmp_path_factory: pytest.TempPathFactory,
+    kinds: list[str],
+    whole: list[bool],
+    dtypes: list[torch.dtype],
+    keep: bool,
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(columns, 40, bias=False).to(t) for columns, t in zip((60, 30, 90), dtypes, strict=True)]
+    base, path = nn.Sequential(*layers), tmp_path_factory.mktemp("kinds") / "delta"
+    chosen = {f"{n}.weight": torch.rand(layer.weight.shape) < 0.7 for n, layer in enumerate(layers)}
+    for flags, every in zip(chosen.values(), whole, strict=True):
+        flags |= every
+    mask, model = Mask.from_bool(chosen), copy.deepcopy(base)
+    with torch.no_grad():
+        for kind, (name, at) in zip(kinds, mask.indices.items(), strict=True):
+            values = model.get_parameter(name).view(-1)
+            values[at] = valued(kind, values[at])
+    delta = Delta.of(model, mask, base=base, keep_base=keep)
+    assert delta.save(path, base=base) <= delta.save(path.with_name("alone")) + 300
+    there, loaded = copy.deepcopy(base), Delta.load(path)
+    loaded.apply_(there)
+    assert same(bits(there), bits(model)) and loaded == delta
+    loaded.revert_(there)
+    assert same(bits(there), bits(base))
 
 
 def test_a_head_that_packs_well_beside_noise_is_no_reason_for_a_thin_file(tmp_path: Path) -> None:
