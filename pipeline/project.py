@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.errors import FishmaskError
 from pipeline.params import Params
+from pipeline.runtime.terminal import print_table
 from pipeline.runtime.warm import warm_process
 from pipeline.runtime.workspace import Cell, Workspace
 
@@ -107,10 +107,9 @@ def print_plan(as_json: bool) -> None:
     if not rows:
         print("nothing to run: everything is up to date")
         return
-    table = Table("stage", "last cost here")
-    for name, cost in rows:
-        table.add_row(name, f"{cost:.1f} s" if cost else "unknown")
-    Console().print(table)
+    print_table(
+        ("stage", "last cost here"), [(name, f"{cost:.1f} s" if cost else "unknown") for name, cost in rows]
+    )
     print(f"{len(rows)} stages; {len(known)} of them took {_clock(total)} here the last time")
 
 

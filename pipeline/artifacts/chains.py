@@ -4,9 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
-
 from pipeline.artifacts.application import Done, check_out, located
 from pipeline.artifacts.checkpoints import Checkpoint
 from pipeline.artifacts.rewriting import write_tensors
@@ -16,6 +13,7 @@ from pipeline.deltas.target import Model
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.parameters import tensor_bytes
 from pipeline.runtime.atomic_folder import replace_folder
+from pipeline.runtime.terminal import print_table
 from pipeline.tasks.saved import load_model, save_model
 
 
@@ -52,13 +50,12 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    table = Table("step", *(Column(part, justify="right") for part in ("count", *PARTS, "bytes")), "info")
+    rows = []
     for row in facts["steps"]:
         parts = [f"{row['sizes'][part]:,}" for part in PARTS]
         info = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row["info"].items())
-        table.add_row(str(row["step"]), f"{row['count']:,}", *parts, f"{row['bytes']:,}", info)
-    console = Console()
-    console.print(table, width=max(console.width, 130), crop=False)
+        rows.append((str(row["step"]), f"{row['count']:,}", *parts, f"{row['bytes']:,}", info))
+    print_table(("step", "count", *PARTS, "bytes", "info"), rows, notes=1)
     count, steps, dense = len(facts["steps"]), facts["steps_bytes"], facts["state_bytes"]
     if count:
         print(f"steps        {steps:,} bytes; dense {count * dense:,}: {count * dense / steps:.1f} times as many")

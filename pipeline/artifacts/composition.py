@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from pipeline.artifacts.application import Done, built, check_out, located
@@ -15,6 +13,7 @@ from pipeline.deltas import algebra
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.overlap import overlap
 from pipeline.errors import ParamsError
+from pipeline.runtime.terminal import print_table
 
 _SHOWN = 12  # tensors of the report's table, those that share most
 
@@ -90,23 +89,23 @@ def compose(
 
 def show_overlap(report: Mapping[str, Any]) -> None:
     """Print a report of ``overlap`` as tables: the pairs, then the tensors that share most."""
-    console = Console()
-    for title, rows in (
+    for title, found in (
         ("overlap of deltas", report["pairs"]),
         ("tensors that share most", sorted(report["tensors"], key=lambda row: -row["shared"])[:_SHOWN]),
     ):
-        if not rows:
+        if not found:
             continue
-        named = "name" in rows[0]
-        table = Table(*["tensor"] * named, "deltas", "coordinates", "shared", "Jaccard", "conflicts", title=title)
-        for row in rows:
+        named = "name" in found[0]
+        columns = [*["tensor"] * named, "deltas", "coordinates", "shared", "Jaccard", "conflicts"]
+        rows = []
+        for row in found:
             share = "" if row["conflict_share"] is None else f" ({row['conflict_share']:.1%})"
             conflicts = "-" if row["conflicts"] is None else f"{row['conflicts']:,}{share}"
             counts = f"{row['count_a']:,} / {row['count_b']:,}"
             cells = [row["name"]] if named else []
             cells += [f"{row['a']}, {row['b']}", counts, f"{row['shared']:,}", f"{row['jaccard']:.3f}", conflicts]
-            table.add_row(*cells)
-        console.print(table, width=max(console.width, 110), crop=False)
+            rows.append(cells)
+        print_table(columns, rows, words=1 + named, title=title)
 
 
 def _base(source: str, path: Path | None, lead: Delta) -> nn.Module | Mapping[str, Tensor]:

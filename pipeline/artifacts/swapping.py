@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Column, Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from pipeline.deltas.variants import Variants
 from pipeline.errors import MismatchError, ParamsError
 from pipeline.parameters import digest_of_digests, tensor_digest
 from pipeline.runtime.progress import ProgressLine
+from pipeline.runtime.terminal import print_table
 
 
 def rehearse(files: Sequence[Path], base: str, *, rounds: int = 10) -> dict[str, Any]:
@@ -99,12 +98,9 @@ def show(facts: Mapping[str, Any]) -> None:
     print(f"base     {facts['base']}: {size:,} bytes in memory, and {sum(r['bytes'] for r in rows):,} of deltas")
     print(f"exact    {facts['swaps']} swaps; every variant and, in the end, the base again bit for bit")
     print(f"reload   {_text(facts['reload_ms'])} ms to read a dense checkpoint and copy it in")
-    table = Table("delta", *(Column(name, justify="right") for name in ("values", "swap ms", "reload / swap")))
-    for row in rows:
-        table.add_row(row["file"], f"{row['values']:,}", _text(row["swap_ms"]), _text(row["ratio"]))
-    table.add_row("the base again", "", _text(facts["back_ms"]), "")
-    console = Console()
-    console.print(table, width=max(console.width, 110), crop=False)
+    cells = [(r["file"], f"{r['values']:,}", _text(r["swap_ms"]), _text(r["ratio"])) for r in rows]
+    back = ("the base again", "", _text(facts["back_ms"]), "")
+    print_table(("delta", "values", "swap ms", "reload / swap"), [*cells, back])
 
 
 def reload_(tensors: Mapping[str, Tensor], file: Path) -> None:

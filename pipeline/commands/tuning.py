@@ -45,7 +45,7 @@ def tune(
     budget: Annotated[
         str | None, typer.Option("--budget", help="Time for all training, such as 10m; fits the epochs.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="[32]")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="[16; 8 for completions]")] = None,
     lr: Annotated[
         float | None, typer.Option("--lr", help="Fish's learning rate. [searched on a part of train]")
     ] = None,

@@ -7,14 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from pipeline.errors import DataError, ParamsError, unknown
 from pipeline.losses import losses_from
 from pipeline.runtime.progress import ProgressLine
-from pipeline.serving.interface import Interface
+from pipeline.runtime.terminal import print_table
 from pipeline.serving.predicting import opened, read, say, say_cut
 from pipeline.serving.predictor import Predictor
 from pipeline.serving.questions import Texts, columns_to_read
@@ -26,6 +23,7 @@ from pipeline.tasks.evaluation import evaluate as score_batches
 from pipeline.tasks.raw import RawSplit
 from pipeline.tasks.text import TextSplit
 from pipeline.tuning.columns import as_number, values_in
+from pipeline.tuning.interface import Interface
 
 LABEL = "label"
 
@@ -117,22 +115,18 @@ def show(results: Sequence[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(results))
         return
-    console = Console(highlight=False)
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))
-    table = Table("delta", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("rows", *names):
-        table.add_column(name, justify="right")
+    rows = []
     for result in results:
         values = [f"{result['scores'][name]:.4f}" if name in result["scores"] else "–" for name in names]
-        table.add_row(result["delta"], f"{result['rows']:,}", *values)
-    console.print(table)
+        rows.append((result["delta"], f"{result['rows']:,}", *values))
+    print_table(("delta", "rows", *names), rows)
     if len(results) == 1 and "classes" in results[0]:
-        by_class = Table("class", box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("rows", "precision", "recall"):
-            by_class.add_column(name, justify="right")
-        for row in results[0]["classes"]:
-            by_class.add_row(row["name"], f"{row['rows']:,}", f"{row['precision']:.4f}", f"{row['recall']:.4f}")
-        console.print(by_class)
+        by_class = [
+            (row["name"], f"{row['rows']:,}", f"{row['precision']:.4f}", f"{row['recall']:.4f}")
+            for row in results[0]["classes"]
+        ]
+        print_table(("class", "rows", "precision", "recall"), by_class)
 
 
 def labels_of(rows: RawSplit, interface: Interface, label: str | None) -> tuple[list[Any], Rows]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.artifacts.application import Done
 from pipeline.errors import DataError, ParamsError
 from pipeline.runtime.progress import ProgressLine
-from pipeline.serving.interface import parse_deltas
+from pipeline.serving.asked import parse_deltas
 from pipeline.serving.predictor import Answers, Predictor
 from pipeline.serving.questions import read_rows
 from pipeline.serving.results import check_format, encoded, write_table

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pipeline.errors import ParamsError
 from pipeline.losses import Batch, outputs_of
 from pipeline.serving.answers import PREDICTION, class_answers, number_answers, spread
+from pipeline.serving.asked import Asked, read_delta
 from pipeline.serving.completing import Completer
-from pipeline.serving.interface import Asked, read_delta
 from pipeline.serving.questions import Pictures, Texts, columns_to_read
 from pipeline.serving.shared import SharedBase
 from pipeline.tasks.batches import by_length

@@ -9,10 +9,10 @@ from pipeline.deltas.delta import Delta
 from pipeline.errors import ParamsError
 from pipeline.files import write_bytes
 from pipeline.runtime.atomic_folder import replace_folder
-from pipeline.serving.card import model_card
-from pipeline.serving.interface import Asked, read_delta
+from pipeline.serving.asked import Asked, read_delta
 from pipeline.serving.predicting import say
-from pipeline.tasks.sources import parse
+from pipeline.tasks.sources import parse, relocated
+from pipeline.tuning.card import model_card
 from pipeline.tuning.manifest import CARD, DELTA, Tuned
 
 
@@ -58,7 +58,7 @@ def publish(
         tuned = _public_tuned(asked.tuned, source, revision, size, name) if asked.tuned else None
         if tuned is not None:
             tuned.save(folder)
-        write_bytes(folder / CARD, model_card(title, delta, size, interface, tuned, licence).encode())
+        write_bytes(folder / CARD, model_card(title, delta, size, interface, tuned, licence=licence).encode())
         total = sum(file.stat().st_size for file in folder.iterdir())
     if parse(source).kind == "folder":
         say(f"{to}: names its base '{source}', a folder of yours; add --base OWNER/NAME so that others find it")
@@ -73,10 +73,7 @@ def public(source: str) -> str:
     Returns:
         A folder's own name; of ``timm:NAME@FILE`` and the like, the file's; anything else as it is.
     """
-    kind, at, file = source.partition("@")
-    if at and (":" in kind):
-        return f"{kind}@{Path(file).name}"
-    return Path(source).expanduser().resolve().name if parse(source).kind == "folder" else source
+    return relocated(source, lambda path: path.resolve().name)
 
 
 def _renamed(delta: Delta, source: str, revision: str | None) -> Delta:

@@ -6,7 +6,6 @@ reference and digest. MLflow's own loaders (``mlflow models serve``, ``mlflow mo
 """
 
 import contextlib
-import importlib.metadata
 import io
 import os
 import re
@@ -14,32 +13,21 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from pipeline.artifacts.application import Done
-from pipeline.errors import DataError, FishmaskError, ParamsError, StorageError
-from pipeline.files import write_bytes
-from pipeline.runtime.mlflow_store import Store, connect, project_root, tracking_uri
-from pipeline.runtime.provenance import git_tags
-from pipeline.runtime.workspace import VERSION
-from pipeline.serving.interface import Asked, parse_deltas
+from pipeline.errors import FishmaskError, ParamsError, StorageError
+from pipeline.runtime.mlflow_store import connect, tracking_uri
+from pipeline.serving.asked import Asked, parse_deltas
+from pipeline.serving.example import as_request, example_rows
+from pipeline.serving.logged import DELTAS, log_model, stage
 from pipeline.serving.predictor import Predictor
-from pipeline.serving.questions import IMAGE, columns_to_read, read_rows
-from pipeline.tasks.custom import FILE
-from pipeline.tasks.raw import RawSplit
-from pipeline.tasks.sources import parse
-from pipeline.tuning.manifest import DELTA
+from pipeline.tasks.sources import absolute
 
 EXPERIMENT = "fishmask-models"
-DELTAS = "deltas"
-"""The artifact: a folder that holds a folder for each delta."""
 LIMITS = {"max_rows": 10_000, "max_characters": 1_000_000}
 """What a request may hold: rows, and characters of one text."""
-_EXAMPLE_ROWS = 3
-_PINNED = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "pyarrow")
-_CODE = Path(__file__).with_name("pyfunc_model.py")
 
 
 def register(
@@ -85,10 +73,10 @@ def register(
         precision=precision, batch_size=batch_size, max_new_tokens=max_new_tokens,
     )  # fmt: skip
     asked = {delta: predictor.use(delta).asked for delta in predictor.names}
-    rows = _example(asked, example)
-    read = {delta: _columns(one, rows) for delta, one in asked.items()}
+    rows = example_rows(asked, example)
     answers = {delta: predictor.answer(rows, by=delta).columns for delta in asked}
-    source = _absolute(next(iter(asked.values())).interface.base)
+    table = as_request(rows, asked)
+    source = absolute(next(iter(asked.values())).interface.base)
     config = {
         "base": source,
         DELTAS: list(asked),
@@ -101,10 +89,9 @@ def register(
     }
     with _as_our_errors(), tempfile.TemporaryDirectory() as folder:
         for delta, one in asked.items():
-            _stage(one, Path(folder) / DELTAS / delta)
+            stage(one, Path(folder) / DELTAS / delta)
         store = connect(EXPERIMENT)
-        table, folders = rows.table.select(_distinct(read)), Path(folder) / DELTAS
-        version, run_id = _log(store, name, folders, asked, table, answers, config | LIMITS)
+        version, run_id = log_model(store, name, Path(folder) / DELTAS, asked, table, answers, config | LIMITS)
         uri = f"models:/{name}/{version}"
         try:
             _check_answers(uri, table, answers)
@@ -116,21 +103,6 @@ def register(
     return _done(name, version, run_id, source, asked, alias)
 
 
-def requirements(source: str) -> list[str]:
-    """What a serving host must have: this package, the base's where it is one, and what computes the answers.
-
-    Args:
-        source: of the base.
-
-    Returns:
-        pip requirements, pinned to what is installed here.
-    """
-    named = parse(source)
-    packages = [*([named.name] if named.kind == "package" else []), *_PINNED]
-    versions = {package: importlib.metadata.version(package).partition("+")[0] for package in packages}
-    return [f"fishmask=={VERSION}", *(f"{package}=={version}" for package, version in versions.items())]
-
-
 def _check_names(name: str, alias: str | None) -> None:
     if not re.fullmatch(r"[^/:\s][^/:]{0,199}", name) or name in {".", ".."} or not name.isprintable():
         raise ParamsError(f"--name '{name}': expected a name without '/' and ':', of at most 200 characters")
@@ -138,144 +110,6 @@ def _check_names(name: str, alias: str | None) -> None:
         raise ParamsError(
             f"--alias '{alias}': expected letters, digits, '_' and '-', and neither 'latest' nor 'v1'"
         )
-
-
-def _absolute(source: str) -> str:
-    """The base's reference: a folder's must hold wherever the server is started."""
-    return str(Path(source).expanduser().resolve()) if parse(source).kind == "folder" else source
-
-
-def _example(asked: Mapping[str, Asked], source: str | None) -> RawSplit:
-    """A few rows to ask: of a file, or made up."""
-    if source is not None:
-        found = read_rows(source, [])
-        table = found.table.slice(0, _EXAMPLE_ROWS)
-        if FILE in table.column_names and any(one.interface.image for one in asked.values()):
-            table = pa.table({IMAGE: [Path(file).read_bytes() for file in table.column(FILE).to_pylist()]})
-        return RawSplit(table, source)
-    columns: dict[str, Any] = {}
-    for one in asked.values():
-        if one.interface.image is not None:
-            columns[IMAGE] = [_grey(), _grey()]
-        for name in one.interface.text or ([] if one.interface.image else ["text"]):
-            columns[name] = ["An example.", "Another example."]
-    return RawSplit(pa.table(columns), "the example")
-
-
-def _grey() -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), "grey").save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _columns(asked: Asked, rows: RawSplit) -> list[str]:
-    if asked.interface.image is None:
-        return columns_to_read(asked.interface.text, rows)
-    if IMAGE not in rows.table.column_names:
-        raise DataError(
-            f"{rows.where}: no column '{IMAGE}' of encoded images; expected one, or a folder of images"
-        )
-    return [IMAGE]
-
-
-def _distinct(columns: Mapping[str, Sequence[str]]) -> list[str]:
-    return list(dict.fromkeys(name for names in columns.values() for name in names))
-
-
-def _stage(asked: Asked, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    write_bytes(folder / DELTA, asked.file.read_bytes())
-    if asked.tuned is not None:
-        asked.tuned.save(folder)
-
-
-def _log(
-    store: Store, name: str, deltas: Path, asked: Mapping[str, Asked], rows: pa.Table,
-    answers: Mapping[str, Mapping[str, pa.Array]], config: Mapping[str, Any],
-) -> tuple[str, str]:  # fmt: skip
-    """Log the model in a run of its own and register it.
-
-    Returns:
-        Version and run.
-    """
-    import mlflow
-    import mlflow.pyfunc
-
-    first = next(iter(asked.values()))
-    digests = {delta: one.delta.digest for delta, one in asked.items()}
-    tags = {"base": config["base"], "base.digest": first.delta.base, "fishmask": VERSION}
-    tags |= {f"delta.{delta}": digest for delta, digest in digests.items()}
-    run = store.client.create_run(store.experiment, run_name=name)
-    run_id = run.info.run_id
-    status = "FAILED"
-    try:
-        store.write(run_id, params=_params(first), tags=tags | git_tags(project_root()))
-        mlflow.set_tracking_uri(tracking_uri())
-        with mlflow.start_run(run_id=run_id):
-            _log_scores(store, run_id, asked)
-            info = mlflow.pyfunc.log_model(
-                name=_legal(name),
-                python_model=str(_CODE),
-                artifacts={DELTAS: str(deltas)},
-                signature=_signature(rows.schema, answers),
-                input_example=rows.to_pandas(),
-                model_config=dict(config),
-                pip_requirements=requirements(config["base"]),
-                metadata={"fishmask": {"base": config["base"], "base_digest": first.delta.base, DELTAS: digests}},
-            )
-            made = mlflow.register_model(info.model_uri, name, tags=tags)
-        status = "FINISHED"
-    finally:
-        store.client.set_terminated(run_id, status)
-    return str(made.version), run_id
-
-
-def _params(asked: Asked) -> dict[str, str]:
-    """What the first delta is; MLflow itself logs the model's configuration."""
-    interface, mask = asked.interface, asked.delta.mask
-    values = {
-        "kind": interface.kind,
-        "columns": ", ".join(interface.text),
-        "classes": ", ".join(interface.classes or []),
-        "tokens": interface.max_length,
-        "density": mask.density,
-        "values": mask.nnz,
-    }
-    return {key: str(value)[:6000] for key, value in values.items() if value}
-
-
-def _legal(name: str) -> str:
-    return re.sub(r"[^\w-]", "_", name)
-
-
-def _log_scores(store: Store, run_id: str, asked: Mapping[str, Asked]) -> None:
-    """The scores that the tuned folders tell: names are cleaned as MLflow wants them."""
-    points = []
-    for delta, one in asked.items():
-        prefix = f"{_legal(delta)}/" if len(asked) > 1 else ""
-        scores = one.tuned.scores.get(one.tuned.training.method, {}) if one.tuned else {}
-        points += [(prefix + key, value, 0, 0) for key, value in scores.items()]
-    store.write(run_id, points=points)
-
-
-def _signature(columns: pa.Schema, answers: Mapping[str, Mapping[str, pa.Array]]) -> Any:
-    """What a request holds: texts, and the delta to ask; and, where all deltas answer alike, what comes back."""
-    from mlflow.models.signature import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-
-    forms = [{name: values.type for name, values in found.items()} for found in answers.values()]
-    inputs: list[Any] = [
-        ColSpec("binary" if pa.types.is_binary(field.type) else "string", field.name, required=len(answers) == 1)
-        for field in columns
-    ]
-    outputs: list[Any] = [
-        ColSpec("float" if pa.types.is_floating(kind) else "string", name) for name, kind in forms[0].items()
-    ]
-    alike = all(form == forms[0] for form in forms)
-    params: Any = ParamSchema([ParamSpec("delta", "string", next(iter(answers)))])
-    return ModelSignature(Schema(inputs), Schema(outputs) if alike else None, params)
 
 
 def _check_answers(uri: str, rows: pa.Table, answers: Mapping[str, Mapping[str, pa.Array]]) -> None:

@@ -19,9 +19,9 @@ import pandas as pd  # noqa: E402
 import pyarrow as pa  # noqa: E402
 
 from pipeline.errors import DataError, FishmaskError  # noqa: E402
+from pipeline.serving.logged import DELTAS  # noqa: E402
 from pipeline.serving.predictor import Predictor  # noqa: E402
 from pipeline.serving.questions import IMAGE  # noqa: E402
-from pipeline.serving.registry import DELTAS  # noqa: E402
 from pipeline.tasks.custom import CLASS, FILE  # noqa: E402
 from pipeline.tasks.raw import RawSplit  # noqa: E402
 

@@ -72,15 +72,19 @@ def _read(name: str, told: list[str], revision: str | None) -> Own:
         return _folder(path, told)
     source = parse(name)
     if source.kind != "hub":
+        kinds = ", ".join("." + extension for extension in EXTENSIONS)
         raise DataError(
-            f"{name}: no such file or folder; expected one of {', '.join('.' + e for e in EXTENSIONS)}, .gz too), "
+            f"{name}: no such file or folder; expected a file ({kinds}, .gz too), "
             "a folder of images by class, a folder of train and validation files, or a hub id (owner/name)"
         )
     task = (source.config or source.name).rpartition("/")[2]
     folder = data_folder(task, source)
     if folder is not None:
         return Own(_folder(folder, told).splits, published=lookup(source))
-    splits = read_hub(task, source, revision, judged=False)
+    try:
+        splits = read_hub(task, source, revision, judged=False)
+    except DataError as error:  # it speaks of params.yaml
+        raise DataError(str(error).removeprefix(f"tasks.{task}.data.source: ")) from None
     return Own(_two(splits), revision=revision, published=lookup(source))
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -53,6 +54,26 @@ def parse(text: str) -> Source:
     if not Path(text).expanduser().exists() and (match := _HUB.fullmatch(text)):
         return Source("hub", match["name"], match["config"])
     return Source("folder", text)
+
+
+def relocated(text: str, place: Callable[[Path], object]) -> str:
+    """Name the folder or file of a source in another way.
+
+    Args:
+        text: the source.
+        place: the path, as it is written -> the new one.
+
+    Returns:
+        The source; as it was where no folder or file is named.
+    """
+    source = parse(text)
+    path = source.name if source.kind == "folder" else source.config if source.kind in ZOOS else None
+    return text if path is None else f"{text.removesuffix(path)}{place(Path(path).expanduser())}"
+
+
+def absolute(text: str) -> str:
+    """Name a source so that it holds wherever a process is started."""
+    return relocated(text, Path.resolve)
 
 
 def data_folder(task: str, source: Source) -> Path | None:

@@ -161,17 +161,21 @@ def _cells(content: str, kind: str, path: Path, told: list[str]) -> pa.Table:
     )
     if odd:
         told.append(
-            f"{path.name}: left out {len(odd)} rows that have another number of cells than the header's "
-            f"{odd[0].expected_columns}"
+            f"{path.name}: left out {len(odd)} of {table.num_rows + len(odd)} rows: another number of cells than "
+            f"the header's {odd[0].expected_columns}"
         )
+    if content.count('"') % 2:
+        what = "a quotation mark opens and is never closed, so that what follows it was read as one cell"
+        if not table.num_rows:
+            raise ValueError(f"{what}; close it, or double the marks inside of texts")
+        told.append(f"warning: {path.name}: {what}; look at its last rows")
     return table
 
 
 def _objects(content: str) -> pa.Table:
     """A list of objects, or one object a line; a column of mixed values becomes text."""
-    if content.lstrip().startswith("["):
-        rows = json.loads(content)
-    else:
+    rows = _as_one(content)
+    if rows is None:
         rows = []
         for number, line in enumerate(content.splitlines(), 1):
             if line.strip():
@@ -183,6 +187,31 @@ def _objects(content: str) -> pa.Table:
         raise ValueError("expected objects with a key for each column")
     names = dict.fromkeys(key for row in rows for key in row)
     return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _as_one(content: str) -> list[Any] | None:
+    """The rows of a file that is one value: a list of them, a list under the only key, or columns by name.
+
+    Columns are lists of equal length, or objects with the same keys (as pandas writes a frame).
+
+    Returns:
+        The rows; None where the file is read line by line.
+    """
+    if content.lstrip().startswith("["):
+        return list(json.loads(content))
+    try:
+        whole = json.loads(content)
+    except ValueError:
+        return None  # one object a line
+    values = list(whole.values()) if isinstance(whole, dict) else []
+    if len(values) == 1 and isinstance(values[0], list) and values[0] and isinstance(values[0][0], dict):
+        return list(values[0])
+    for kind in (list, dict):
+        if len(values) > 1 and all(type(v) is kind and len(v) == len(values[0]) for v in values):
+            places = values[0] if kind is dict else range(len(values[0]))
+            if kind is list or all(v.keys() == values[0].keys() for v in values):
+                return [{name: column[place] for name, column in whole.items()} for place in places]
+    return None
 
 
 def _column(values: list[Any]) -> pa.Array:

@@ -57,7 +57,7 @@ def fit_epochs(trainer: "Trainer", seconds: float) -> Fitting:
 
 def _epoch(trainer: "Trainer", method: str) -> float:
     """Seconds that an epoch of a method and its evaluation are estimated to take."""
-    task, where, batch = trainer.task, trainer.device.device, trainer.plan.task.train.batch_size
+    task, where, batch = trainer.task_of(method), trainer.device.device, trainer.plan.task.train.batch_size
     model = task.model(trainer.seed).to(where)
     mask = trainer.chosen(method, model)
     marks: list[float] = []

@@ -120,7 +120,12 @@ def values_in(split: RawSplit, name: str, limit: int | None = None) -> list[Any]
 
     Returns:
         [rows], or the first ``limit`` of them.
+
+    Raises:
+        DataError: if there is no such column.
     """
+    if name not in split.table.column_names:
+        raise DataError(f"{split.where}: no column {unknown(name, split.table.column_names)}")
     column = split.table.column(name)
     column = column if limit is None else column.slice(0, limit)
     return [None if isinstance(v, str) and not v.strip() else v for v in column.to_pylist()]

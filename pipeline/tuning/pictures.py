@@ -38,11 +38,19 @@ def pictures_of(split: RawSplit, frame: Frame) -> Iterator[bytes | None]:
     Yields:
         A PNG per row; None for what cannot be read as an image.
     """
-    for data in _encoded(split):
+    for data in encoded_pictures(split):
         yield None if data is None else _framed(data, frame)
 
 
-def _encoded(split: RawSplit) -> Iterator[bytes | None]:
+def encoded_pictures(split: RawSplit) -> Iterator[bytes | None]:
+    """Read a split's images as they are.
+
+    Args:
+        split: image files by path, or encoded images in a column.
+
+    Yields:
+        A file's bytes per row; None for what is not there.
+    """
     name = picture_column(split.table)
     assert name is not None
     for value in split.table.column(name).to_pylist():

@@ -28,7 +28,7 @@ from pipeline.runtime.atomic_folder import replace_folder
 from pipeline.runtime.workspace import Workspace
 from pipeline.tasks.custom import read_own
 from pipeline.tasks.fetch import fetch
-from pipeline.tasks.sources import parse
+from pipeline.tasks.sources import relocated
 from pipeline.tuning.columns import choose
 from pipeline.tuning.manifest import Tuned
 from pipeline.tuning.pictures import Frame
@@ -95,12 +95,10 @@ def _check(tuned: Tuned, params: Params, rows: Path) -> None:
 
 def _model_source(tuned: Tuned, root: Path) -> str:
     """A folder or file named from where the run was, seen from the project."""
-    source = parse(tuned.base.source)
-    path = source.name if source.kind == "folder" else source.config if source.kind != "hub" else None
-    if path is None or Path(path).expanduser().is_absolute():
-        return tuned.base.source
-    seen = os.path.relpath(Path(path).expanduser().resolve(), root.resolve())
-    return tuned.base.source.removesuffix(path) + seen
+    return relocated(
+        tuned.base.source,
+        lambda path: path if path.is_absolute() else os.path.relpath(path.resolve(), root.resolve()),
+    )
 
 
 def _params(tuned: Tuned, data: Path, model: str) -> Params:

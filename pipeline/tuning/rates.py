@@ -4,8 +4,9 @@
 
 Each run makes about 24 steps on at most that many batches of ``fit``, and is judged by the mean loss on at most
 256 rows of ``tune``, a fifth of train: never on the validation rows. The loss is less noisy than a metric of so
-few rows. The head alone makes four times as many: its steps have no backward through the network, and after 24 a
-low rate still looks best, which would flatter whatever the head is compared with.
+few rows. The head alone, on features that are computed once (``pipeline.tuning.features``), makes whole runs on
+all of ``fit`` and goes on beyond the end while that gains; where it cannot, it makes four times as many steps:
+after 24 a low rate still looks best, which would flatter whatever the head is compared with.
 """
 
 import math
@@ -21,12 +22,14 @@ from pipeline.tasks.draws import permutation
 from pipeline.tasks.fitting import fit_task
 from pipeline.training.device import Device
 from pipeline.training.recipe import Recipe
+from pipeline.tuning.features import HeadTask
 from pipeline.tuning.recorded import recorded
 
 USUAL = {"head": 1e-2, "dense": 1e-4, "fish": 2e-3}
 """Where a search starts."""
 FIT, TUNE = "short-fit", "short-tune"
 STEPS, HEAD_STEPS, TUNE_ROWS = 24, 96, 256
+TRIES, HEAD_TRIES = 4, 8
 FEWEST = 100
 """Rows of train below which a search would be noise: the usual rates are taken."""
 
@@ -43,10 +46,10 @@ def search(
     """Search one method's rate.
 
     Args:
-        task: the data.
+        task: the data; of the head alone perhaps a ``HeadTask``.
         method: its name.
         mask_of: chooses its mask.
-        recipe: of the real run; its epochs and rate are replaced.
+        recipe: of the real run; its rate is replaced, and its epochs but for a ``HeadTask``.
         batch_size: examples per step.
         device: where.
         folder: keeps what was tried, so that a resumed search goes on.
@@ -54,24 +57,32 @@ def search(
     Returns:
         The best rate, and rate -> loss of all that were tried (infinite where training diverged).
     """
-    usual, steps = USUAL[method], HEAD_STEPS if method == "head" else STEPS
+    usual, whole = USUAL[method], isinstance(task, HeadTask)
     if len(task.rows("train")) < FEWEST:
         return usual, {}
+    steps = HEAD_STEPS if method == "head" else STEPS
     for name, split, most in ((FIT, "fit", steps * batch_size), (TUNE, "tune", TUNE_ROWS)):
         rows = task.rows(split)
-        task.name_part(name, rows[permutation(len(rows), recipe.seed, 7)[:most]])
+        task.name_part(name, rows if whole else rows[permutation(len(rows), recipe.seed, 7)[:most]])
+    if not whole:
+        recipe = replace(recipe, epochs=math.ceil(steps / math.ceil(len(task.rows(FIT)) / batch_size)))
     file = folder / f"rates-{method}.json"
     tried: dict[float, float] = {float(rate): loss for rate, loss in recorded(file, {}).items()}
     mask: Mask | None = None
-    while (rate := next_rate(tried, usual)) is not None:
+    while (rate := next_rate(tried, usual, HEAD_TRIES if whole else TRIES)) is not None:
         mask = mask or mask_of()
-        tried[rate] = _loss(task, method, mask, replace(recipe, lr=rate), steps, batch_size, device)
+        tried[rate] = _loss(task, method, mask, replace(recipe, lr=rate), batch_size, device)
         write_json(file, {f"{r:g}": (loss if math.isfinite(loss) else 1e9) for r, loss in tried.items()})
     return min(sorted(tried), key=lambda rate: tried[rate]), tried
 
 
-def next_rate(tried: dict[float, float], usual: float) -> float | None:
-    """Choose the next rate: the usual one and its neighbours, then one beyond the end where the best stands.
+def next_rate(tried: dict[float, float], usual: float, tries: int = TRIES) -> float | None:
+    """Choose the next rate: the usual one and its neighbours, then beyond the end where the best stands.
+
+    Args:
+        tried: rate -> loss.
+        usual: where to begin.
+        tries: rates at most.
 
     Returns:
         The rate; None when the search is over.
@@ -80,7 +91,7 @@ def next_rate(tried: dict[float, float], usual: float) -> float | None:
         if rate not in tried:
             return rate
     best = min(sorted(tried), key=lambda rate: tried[rate])
-    if len(tried) > 3 or min(tried) < best < max(tried):
+    if len(tried) >= tries or min(tried) < best < max(tried):
         return None
     return neighbour(best, 1 if best == max(tried) else -1)
 
@@ -90,18 +101,14 @@ def neighbour(rate: float, move: int) -> float:
     return float(f"{rate * 3.0**move:.0e}")
 
 
-def _loss(
-    task: Task, method: str, mask: Mask, recipe: Recipe, steps: int, batch_size: int, device: Device
-) -> float:
+def _loss(task: Task, method: str, mask: Mask, recipe: Recipe, batch_size: int, device: Device) -> float:
     model = task.model(recipe.seed).to(device.device)
-    length = math.ceil(len(task.rows(FIT)) / batch_size)
-    short = replace(recipe, epochs=math.ceil(steps / length))
     try:
         result = fit_task(
             task,
             model,
             mask,
-            short,
+            recipe,
             batch_size,
             device,
             name=f"{method}: trying rate {recipe.lr:g}",

@@ -21,6 +21,8 @@ HELD_OUT, MOST_HELD_OUT = 0.2, 2000
 """The share of train that is held out where no validation is given, and the most rows of it."""
 LABEL, IMAGE = "label", "image"
 _IMBALANCE = 0.8  # share of the commonest class from which on accuracy says little
+_LONGEST = 40  # characters of a value that are shown
+_MISSING = {"na", "n/a", "nan", "none", "null", "-", "?", "#n/a"}  # what files write for a value that is not there
 _CLASSES = 100  # more of them than this, and than half the rows, are no classes
 
 
@@ -66,6 +68,8 @@ def prepare(own: Own, choice: Choice, frame: Frame | None, folder: Path, told: l
         for split, raw in own.splits.items()
     }
     classes = _classes(splits, choice, own)
+    if classes is not None and choice.text:
+        _tell_odd_classes(splits["train"], choice, told)
     if "validation" not in splits:
         splits = _held_out(splits["train"], choice, told)
     else:
@@ -107,7 +111,9 @@ def _complete(split: str, raw: RawSplit, choice: Choice, frame: Frame | None, to
             "counted from 0)"
         )
     if not keep and choice.objective == "regression" and any(label is not None for label in labels):
-        raise DataError(f"{raw.where}: column '{choice.label}' holds no numbers; regression needs them")
+        raise DataError(
+            f"{raw.where}: column '{choice.label}' holds no numbers; regression needs them, with a decimal point"
+        )
     if not keep:
         raise DataError(f"{raw.where}: no row has both its text and '{choice.label}'; is it the right column?")
     return Rows(inputs, labels, raw.where).take(keep)
@@ -141,7 +147,7 @@ def _classes(splits: dict[str, Rows], choice: Choice, own: Own) -> list[str] | N
     names = [name for name in known if name in set(train.labels)] or sorted(set(train.labels), key=_in_order)
     what = f"{train.where}: column '{choice.label}'" if choice.text else f"{train.where}"
     if len(names) < 2:
-        raise DataError(f"{what} holds '{names[0]}' only; expected two or more classes")
+        raise DataError(f"{what} holds '{_short(names[0])}' only; expected two or more classes")
     if len(names) > max(_CLASSES, len(train.labels) // 2):
         raise DataError(
             f"{what} holds {len(names)} different values in {len(train.labels)} rows; expected class names: name "
@@ -151,10 +157,16 @@ def _classes(splits: dict[str, Rows], choice: Choice, own: Own) -> list[str] | N
         strange = next((label for label in rows.labels if label not in names), None)
         if strange is not None:
             raise DataError(
-                f"{rows.where}: label '{strange}' of {split} does not occur in train; expected one of "
-                f"{', '.join(names[:10])}"
+                f"{rows.where}: label '{_short(strange)}' of {split} does not occur in train; expected one of "
+                f"{', '.join(map(_short, names[:10]))}"
             )
     return names
+
+
+def _short(text: Any) -> str:
+    """A value in a message of one line."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
 
 
 def _in_order(name: str) -> tuple[bool, float, str]:
@@ -212,6 +224,21 @@ def _tell_duplicates(splits: dict[str, Rows], told: list[str]) -> None:
         told.append(
             f"warning: {both} of {len(splits['validation'].inputs)} rows of validation stand in train, too; "
             "scores will look better than they are"
+        )
+
+
+def _tell_odd_classes(train: Rows, choice: Choice, told: list[str]) -> None:
+    """Say what looks like a value that is not there, or like a header that is none."""
+    for name, count in Counter(train.labels).items():
+        if str(name).lower() in _MISSING:
+            told.append(
+                f"warning: '{name}' is taken for a class of '{choice.label}' ({count} rows); leave cells empty "
+                "that hold no class"
+            )
+    if choice.label in set(train.labels):
+        told.append(
+            f"warning: column '{choice.label}' holds '{choice.label}' as a value, too; does {train.where} lack a "
+            "header line?"
         )
 
 

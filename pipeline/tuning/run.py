@@ -7,7 +7,7 @@ with the same bytes: what is settled is kept, and ``fit`` goes on from its saved
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pipeline.training.methods import mask_for
 from pipeline.training.recipe import Recipe
 from pipeline.training.resume import ResumeFile, fingerprint
 from pipeline.tuning.budget import fit_epochs
+from pipeline.tuning.features import HeadTask, head_task
 from pipeline.tuning.manifest import DELTA
 from pipeline.tuning.plan import Plan
 from pipeline.tuning.rates import search
@@ -80,6 +81,18 @@ class Trainer:
         settings = self.plan.task.train.model_dump(exclude={"batch_size"})
         return Recipe(lr=self.plan.lr.get(method, 1.0), seed=self.seed, **settings)
 
+    def task_of(self, method: str) -> Task:
+        """The task that a method is trained on: the head's on features, where its network allows that."""
+        return self._head_task or self.task if method == "head" else self.task
+
+    @cached_property
+    def _head_task(self) -> HeadTask | None:
+        names, size = self.plan.task.head, EVALUATION * self.plan.task.train.batch_size
+        found, _ = in_pieces_that_fit(
+            lambda most: head_task(self.task, self.seed, names, most, self.device), size, "batches", self.say
+        )
+        return found
+
     def run(self, track: bool) -> dict[str, Any]:
         """Settle, train and judge.
 
@@ -124,7 +137,8 @@ class Trainer:
 
     def _rough_mask(self, method: str) -> Mask:
         """What a search trains: chosen on the ``fit`` part of train, by few examples."""
-        return self.mask(method, self.task.model(self.seed).to(self.device.device), "fit", _FEW)
+        model = self.task_of(method).model(self.seed).to(self.device.device)
+        return self.mask(method, model, "fit", _FEW)
 
     def _settle(self) -> None:
         """Find the rates, then the epochs that a budget leaves; kept in the plan."""
@@ -136,7 +150,7 @@ class Trainer:
             if method not in rates:
                 choose = partial(self._rough_mask, method)
                 rates[method], tried = search(
-                    self.task, method, choose, self.recipe(method), batch, self.device, self.folder
+                    self.task_of(method), method, choose, self.recipe(method), batch, self.device, self.folder
                 )
                 losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in sorted(tried.items()))
                 self.say(
@@ -161,10 +175,11 @@ class Trainer:
         done: dict[str, Any] | None = recorded(folder / "result.json", None)
         if done is not None:
             return done
-        model = self.task.model(self.seed).to(self.device.device)
+        task = self.task_of(method)
+        model = task.model(self.seed).to(self.device.device)
         mask = self.chosen(method, model)
         with run.child(method, params={"lr": self.plan.lr[method]}, fingerprint=mask.digest) as child:
-            result = self._trained(method, model, mask, folder, child)
+            result = self._trained(method, task, model, mask, folder, child)
         write_json(folder / "result.json", result)
         return result
 
@@ -193,14 +208,16 @@ class Trainer:
         mask.save(file)
         return mask
 
-    def _trained(self, method: str, model: nn.Module, mask: Mask, folder: Path, run: Run) -> dict[str, Any]:
+    def _trained(
+        self, method: str, task: Task, model: nn.Module, mask: Mask, folder: Path, run: Run
+    ) -> dict[str, Any]:
         recipe = self.recipe(method)
         outcome: dict[str, Any] = {"values": mask.nnz, "parameters": mask.index.total, "lr": recipe.lr}
         key = fingerprint(data=self.task.data_digest, code=code_digest(), method=method, task=self._settings)
         base = Base.of(model, mask) if method == "fish" else None
         try:
             result = fit_task(
-                self.task, model, mask, recipe, self.plan.task.train.batch_size, self.device, name=method,
+                task, model, mask, recipe, self.plan.task.train.batch_size, self.device, name=method,
                 resume=ResumeFile(folder / "state.safetensors", key), log=run.log,
             )  # fmt: skip
         except DivergedError as error:
@@ -209,7 +226,8 @@ class Trainer:
             return outcome | {"diverged": str(error)}
         if result.note:
             self.say(result.note)
-        outcome |= {"epochs": result.history, "seconds": round(result.seconds, 3)}
+        seconds = result.seconds + (task.seconds if isinstance(task, HeadTask) else 0.0)
+        outcome |= {"epochs": result.history, "seconds": round(seconds, 3)}
         if base is not None:
             tokens = self.task.manifest.get("tokenizer")
             info = self.task.model_info | ({"pad": tokens["pad"]} if tokens else {}) | {

@@ -1,6 +1,7 @@
 """`fishmask tune`: from a user's files and model to a folder with the delta, its description, its model card."""
 
 import contextlib
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -8,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Interrupted, ParamsError, StorageError
+from pipeline.errors import DivergedError, FishmaskError, Interrupted, ModelError, ParamsError, StorageError
 from pipeline.runtime.process import alone, interruptible
 from pipeline.tasks.metrics import needs_regression
+from pipeline.training.device import choose_device
 from pipeline.tuning.manifest import FILE, Tuned
 from pipeline.tuning.plan import PLAN, Asked, Plan
 from pipeline.tuning.preparing import prepared_plan
 from pipeline.tuning.run import Trainer
 from pipeline.tuning.writing import write
+
+_OPTIONS = {"model.source": "--model", "model.max_length": "--max-length", "metric": "--metric"}
 
 
 @dataclass
@@ -44,12 +48,14 @@ def tune(asked: Asked, out: Path, *, resume: bool = False, force: bool = False, 
         track: log to MLflow.
 
     Returns:
-        What was made.
-
-    Raises:
-        StorageError: if a folder cannot be written. Options that are missing, contradict each other or would lose
-            something are a ParamsError; on SIGTERM or Ctrl-C an Interrupted says how to go on.
+        What was made. Options that are missing, contradict each other or would lose something are a ParamsError, a
+        folder that cannot be written a StorageError; on SIGTERM or Ctrl-C an Interrupted says how to go on.
     """
+    with _named_as_options():
+        return _tune(asked, out, resume=resume, force=force, track=track)
+
+
+def _tune(asked: Asked, out: Path, *, resume: bool, force: bool, track: bool) -> Result:
     folder = out.parent / f".{out.name}.tune"
     lock = folder / "lock"
     _check(asked, out, folder, resume=resume, force=force)
@@ -59,10 +65,12 @@ def tune(asked: Asked, out: Path, *, resume: bool = False, force: bool = False, 
                 for entry in folder.iterdir():
                     if entry != lock:
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if not resume:
+                choose_device(asked.device, asked.precision)  # refuses what is not there, before any work
             settled = Plan.load(folder) if resume else prepared_plan(asked, folder, out, say)
             asked.check_against(settled.options, out)
             trainer = Trainer.open(settled, folder, say)
-            say(f"device {trainer.device.reason}; {settled.threads} threads")
+            say(f"device {trainer.device.reason}; {settled.threads} thread{'s' * (settled.threads > 1)}")
             results = trainer.run(track)
             tuned = write(trainer, results, out)
             shutil.rmtree(folder, ignore_errors=True)
@@ -87,10 +95,23 @@ def _going_on(out: Path, folder: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
             raise Interrupted(f"{what} before anything was trained; run the same command again") from None
         raise Interrupted(f"{what}; to go on: fishmask tune --resume --out {out}") from None
-    except BaseException:
-        if not (folder / PLAN).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        if isinstance(error, DivergedError) or not (folder / PLAN).is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # the same again would diverge again
         raise
+
+
+@contextlib.contextmanager
+def _named_as_options() -> Iterator[None]:
+    """Name the option where a message names the key of params.yaml that it stands for."""
+    try:
+        yield
+    except (ParamsError, ModelError) as error:
+        key, colon, rest = str(error).partition(": ")
+        if key not in _OPTIONS:
+            raise
+        kind: type[FishmaskError] = type(error)
+        raise kind(f"{_OPTIONS[key]}{colon}{rest}") from None
 
 
 def _check(asked: Asked, out: Path, folder: Path, *, resume: bool, force: bool) -> None:
@@ -113,6 +134,10 @@ def _check(asked: Asked, out: Path, folder: Path, *, resume: bool, force: bool) 
         raise ParamsError(f"{out}: holds something else than a tuned model; choose another --out")
     if (out / FILE).is_file() and not force and not resume:
         raise ParamsError(f"{out}: exists; add --force to replace it, or choose another --out")
+    if not 0 < asked.density <= 1:
+        raise ParamsError(f"--density {asked.density:g}: expected a share of all parameters: above 0, at most 1")
+    if asked.lr is not None and not (asked.lr > 0 and math.isfinite(asked.lr)):
+        raise ParamsError(f"--lr {asked.lr:g}: expected a number above 0")
     if asked.metric is not None:
         needs_regression(asked.metric)
     if asked.epochs is not None and asked.budget is not None:

@@ -4,10 +4,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.deltas.delta import Delta
 from pipeline.files import write_bytes
 from pipeline.runtime.atomic_folder import replace_folder
 from pipeline.runtime.workspace import VERSION
-from pipeline.tuning import card, manifest
+from pipeline.tuning import manifest
+from pipeline.tuning.card import model_card
+from pipeline.tuning.interface import Interface
 from pipeline.tuning.run import Trainer
 
 
@@ -22,10 +25,13 @@ def write(trainer: Trainer, results: dict[str, Any], out: Path) -> manifest.Tune
     Returns:
         Its description.
     """
-    tuned = _described(trainer, results)
+    tuned, file = _described(trainer, results), trainer.folder / "fish" / manifest.DELTA
+    card = model_card(
+        tuned.name, Delta.load(file), tuned.delta.bytes, Interface.of_tuned(tuned), tuned, at=str(out)
+    )
     with replace_folder(out) as made:
-        write_bytes(made / manifest.DELTA, (trainer.folder / "fish" / manifest.DELTA).read_bytes())
-        write_bytes(made / manifest.CARD, card.text(tuned, str(out)).encode())
+        write_bytes(made / manifest.DELTA, file.read_bytes())
+        write_bytes(made / manifest.CARD, card.encode())
         tuned.save(made)
     return tuned
 

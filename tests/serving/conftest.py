@@ -1,5 +1,8 @@
 """Tuned folders over one tiny BERT; tests must not change them."""
 
+import contextlib
+import os
+
 import pytest
 
 from tests.serving.folders import make_tuned
@@ -29,3 +32,16 @@ def others(bert, tmp_path_factory):
         "pairs": (root / "pairs", make_tuned(root / "pairs", bert, ("x", "y", "z"), ("one", "two"), 3, head=5)),
         "stars": (root / "stars", make_tuned(root / "stars", bert, (), seed=4, label="stars", head=6)),
     }
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A project of its own, with its own store."""
+    root = tmp_path_factory.mktemp("project")
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / 'mlflow.db'}"
+    with contextlib.chdir(root):
+        yield root
+    os.environ.pop("MLFLOW_TRACKING_URI")
+    if before is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = before

@@ -93,7 +93,7 @@ def test_the_hub_reads_the_card(hub):
     for shown in (
         Delta.load(delta_file(hub[0])).base,
         "fishmask predict --delta .",
-        "| **this delta** (fish) | 0.7500",
+        "| **fish, 5.22% of all** (this delta) | 0.7500",
     ):
         assert shown in card.text
 

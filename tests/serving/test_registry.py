@@ -1,16 +1,10 @@
 """`fishmask register`: what is logged, and that MLflow's own server answers from it as the Predictor does."""
 
-import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,98 +13,21 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.deltas.delta import Delta
 from pipeline.errors import MismatchError, ParamsError, StorageError
+from pipeline.serving.logged import requirements
 from pipeline.serving.predictor import Predictor
-from pipeline.serving.registry import register, requirements
+from pipeline.serving.registry import register
+from tests.serving.server import JSON, Server
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
 )
 TEXTS = ["a good film", None, "bad \"dark\" road,\nfelt cold", "", "x" * 5000, "1984"]  # fmt: skip
-JSON = "application/json"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A project of its own, and three deltas of one base registered in its store."""
-    root = tmp_path_factory.mktemp("project")
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / 'mlflow.db'}"
-    with contextlib.chdir(root):
-        yield root
-    os.environ.pop("MLFLOW_TRACKING_URI")
-    if before is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 @pytest.fixture(scope="module")
 def registered(store, reviews, others):
     deltas = [str(reviews[0]), str(others["again"][0]), f"three={others['pairs'][0]}"]
     return register(deltas, "film reviews", alias="champion", device="cpu").facts
-
-
-class Server:
-    """MLflow's scoring server in a process of its own, on a free port of the loopback."""
-
-    def __init__(self, uri, log, **environment):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.log = log
-        command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local",
-                   "--host", "127.0.0.1", "--port", str(self.port)]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"} | environment
-        environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environment["PATH"]])
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def wait(self):
-        """Poll until it answers or ends.
-
-        Returns:
-            Whether it answers.
-        """
-        until = time.monotonic() + 400
-        while time.monotonic() < until and self.process.poll() is None:
-            with contextlib.suppress(OSError):
-                return self.ask(None, None, "/ping", method="GET")[0] == 200
-            time.sleep(0.2)
-        return False
-
-    def ask(self, body, kind=JSON, path="/invocations", method="POST"):
-        """Send a request.
-
-        Returns:
-            Status and body.
-        """
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        headers = {} if kind is None else {"Content-Type": kind}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def answers(self, columns, params=None):
-        rows = {"columns": list(columns), "data": list(zip(*columns.values(), strict=True))}
-        status, body = self.ask({"dataframe_split": rows} | ({"params": params} if params else {}))
-        assert status == 200, body
-        return json.loads(body, parse_constant=pytest.fail)["predictions"]
-
-    def end(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-        self.process.wait(60)
-        until = time.monotonic() + 60  # its worker, of the same group, answers until it has shut down
-        while time.monotonic() < until:
-            try:
-                self.ask(None, None, "/ping", method="GET")
-            except OSError:
-                return
-            time.sleep(0.2)
-        pytest.fail("the server still answers")
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,14 @@ def test_every_format_gives_the_same_rows(tmp_path, reviews, write_csv):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     pq.write_table(pa.Table.from_pylist(objects), tmp_path / "a.parquet")
     (tmp_path / "utf16.csv").write_text(plain.read_text(), encoding="utf-16")
-    for name in ("a.csv.gz", "a.tsv", "semi.csv", "a.json", "a.jsonl", "a.jsonl.gz", "a.parquet", "utf16.csv"):
+    columns = {name: [row[name] for row in objects] for name in header}
+    (tmp_path / "columns.json").write_text(json.dumps(columns))
+    (tmp_path / "pandas.json").write_text(
+        json.dumps({name: dict(enumerate(values)) for name, values in columns.items()})
+    )
+    (tmp_path / "wrapped.json").write_text(json.dumps({"data": objects}))
+    names = "a.csv.gz a.tsv semi.csv a.json a.jsonl a.jsonl.gz a.parquet utf16.csv columns.json pandas.json"
+    for name in [*names.split(), "wrapped.json"]:
         assert made(tmp_path, tmp_path / name)[1:3] == expected[1:3], name
 
 
@@ -136,7 +143,7 @@ def test_odd_rows_of_a_csv_are_left_out_and_said(tmp_path):
     lines = ["text,label", *(f"words {i},{'ab'[i % 2]}" for i in range(10)), "one,two,three", "alone"]
     (tmp_path / "d.csv").write_text("\n".join(lines) + "\n")
     told = made(tmp_path, tmp_path / "d.csv")[3]
-    assert any("left out 2 rows that have another number of cells than the header's 2" in line for line in told)
+    assert "d.csv: left out 2 of 12 rows: another number of cells than the header's 2" in told
 
 
 def test_five_rows_are_split_so_that_every_class_is_trained(tmp_path, write_csv):
@@ -207,6 +214,9 @@ def test_a_hub_id_brings_its_columns_and_names(tmp_path, monkeypatch):
             "cannot tell which column is the label; it could be y1, y2",
         ),
         ("text,text\na,x\n", {}, DataError, "column 'text' appears twice"),
+        ('text,label\n"a,x\nb,y\n', {}, DataError, "a quotation mark opens and is never closed"),
+        (PLAIN, {"objective": "regression"}, DataError, "holds no numbers; regression needs them"),
+        (f"text,label\na,{'x' * 99}\n", {}, DataError, f"holds '{'x' * 40}…' only"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(tmp_path, lines, options, error, line):
@@ -214,6 +224,26 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, lines, options, error, 
     with pytest.raises(error) as refused:
         made(tmp_path, tmp_path / "d.csv", **options)
     assert line in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_validation_file_without_the_column_is_refused(tmp_path, write_csv, reviews):
+    train = write_csv("t.csv", ["text", "label"], reviews(10))
+    for header in (["Text", "label"], ["text", "Label"]):
+        other = write_csv("v.csv", header, reviews(4))
+        with pytest.raises(DataError, match=r"v.csv: no column '(text|label)'; did you mean '(Text|Label)'\?"):
+            made(tmp_path, train, other)
+
+
+def test_what_looks_like_a_mistake_is_said(tmp_path, write_csv, reviews):
+    rows = reviews(20)
+    told = made(tmp_path, write_csv("a.csv", ["text", "label"], [*rows, ("some words", "N/A")]))[3]
+    assert any("warning: 'N/A' is taken for a class of 'label' (1 rows)" in line for line in told)
+    told = made(tmp_path, write_csv("b.csv", rows[0], rows[1:]))[3]
+    assert any("does" in line and "lack a header line?" in line for line in told)
+    lines = [*(f"{text},{label}" for text, label in rows), '"never closed,good', "more words,bad"]
+    (tmp_path / "c.csv").write_text("\n".join(["text,label", *lines]))
+    told = made(tmp_path, tmp_path / "c.csv")[3]
+    assert any("c.csv: a quotation mark opens and is never closed" in line for line in told)
 
 
 def test_a_validation_class_that_train_lacks_is_refused(tmp_path, write_csv, reviews):

@@ -22,7 +22,7 @@ from pipeline.tuning.tune import tune
 @pytest.fixture
 def asked(bert, write_csv, reviews):
     file = write_csv("reviews.csv", ["movie snippet", "verdict"], reviews(200))
-    return Asked(model=str(bert), train=str(file), density=0.1, batch_size=8, epochs=6, lr=0.01)
+    return Asked(model=str(bert), train=str(file), density=0.3, batch_size=8, epochs=16, lr=0.01)
 
 
 def files(folder):
@@ -38,7 +38,7 @@ def test_a_csv_becomes_a_delta_that_loads(tmp_path, asked, bert, dense):
     assert set(tuned.scores) == {"head", "fish"} | ({"dense"} if dense else set())
     assert tuned.scores["fish"]["accuracy"] > 0.1 + tuned.scores["head"]["accuracy"]
     assert tuned.data.rows == {"train": 160, "validation": 40}
-    assert tuned.delta.values == int(0.1 * tuned.delta.parameters)
+    assert tuned.delta.values == int(0.3 * tuned.delta.parameters)
     model = load_tuned(tmp_path / "out")
     delta = Delta.load(tmp_path / "out" / "delta.safetensors")
     assert delta.digest == tuned.delta.digest and delta.info["task"] == "out"
@@ -101,7 +101,7 @@ def test_a_stopped_or_killed_run_ends_with_the_same_bytes(tmp_path, bert, write_
     write_csv("reviews.csv", ["movie snippet", "verdict"], reviews(80))
     arguments = ["--model", str(bert), "--train", "reviews.csv", "--density", "0.1", "--epochs", "12"]
     arguments += ["--batch-size", "4", "--threads", "1", "--no-mlflow", "--out", "out"]
-    process = start(arguments, "head: 1/", signal.SIGINT)
+    process = start(arguments, "fish: 1/", signal.SIGINT)
     assert process.returncode == 143
     assert process.said[-1].rstrip().endswith("to go on: fishmask tune --resume --out out")
     assert not Path("out").exists()
@@ -187,7 +187,15 @@ def test_a_budget_decides_the_epochs(tmp_path, asked, write_csv, reviews, capsys
         ({"train": None}, "--train is missing"),
         ({"budget": "soon"}, "--budget soon: expected a time such as 90s, 10m or 1.5h"),
         ({"budget": "1m"}, "--epochs and --budget: one of them decides"),
-        ({"metric": "acuracy"}, "metric: 'acuracy' is unknown"),
+        ({"metric": "acuracy"}, "--metric: 'acuracy' is unknown"),
+        ({"density": 0.0}, "--density 0: expected a share of all parameters: above 0, at most 1"),
+        ({"density": 2.0}, "--density 2: expected"),
+        ({"lr": -1.0}, "--lr -1: expected a number above 0"),
+        ({"lr": 1e9}, "training diverged; lower lr"),
+        ({"device": "tpu"}, "device 'tpu' is unknown"),
+        ({"precision": "fp16"}, "precision 'fp16' is unknown"),
+        ({"model": "nowhere"}, "--model: no folder 'nowhere'"),
+        ({"train": "owner/name"}, "cannot load 'owner/name' from the hub"),
         ({"metric": "pearson"}, "column 'verdict' holds no numbers; regression needs them"),
         ({"density": 0.001}, "the head (classifier: 66 parameters) is larger than the budget"),
     ],
@@ -216,12 +224,13 @@ def test_default_epochs_follow_the_rows():
 
 
 def test_a_search_goes_on_once_beyond_the_end():
-    def search(loss):
+    def search(loss, **most):
         tried = {}
-        while (rate := next_rate(tried, 2e-3)) is not None:
+        while (rate := next_rate(tried, 2e-3, **most)) is not None:
             tried[rate] = loss(rate)
         return sorted(tried)
 
     assert search(lambda rate: abs(rate - 2e-3)) == [7e-4, 2e-3, 6e-3]
     assert search(lambda rate: rate) == [2e-4, 7e-4, 2e-3, 6e-3]
     assert search(lambda rate: -rate) == [7e-4, 2e-3, 6e-3, 2e-2]
+    assert search(lambda rate: -rate, tries=6) == [7e-4, 2e-3, 6e-3, 2e-2, 6e-2, 0.2]
