@@ -151,10 +151,10 @@ def _pieces(values: Array, lengths: Array) -> list[Array]:
 def _held(row_counts: Array, column_counts: Array, wrong: Array) -> Array:
     """Find the held cells of one matrix of held rows x columns, row by row; column counts come negated."""
     across = np.argsort(column_counts, kind="stable")
-    cells = _staircase(row_counts, across)
+    cells = _staircase(row_counts, across).reshape(-1)
     if len(wrong):
         column_at, row_at = np.divmod(wrong, len(row_counts))
-        cells[np.argsort(-row_counts, kind="stable")[row_at], across[column_at]] ^= True
+        cells[np.argsort(-row_counts, kind="stable")[row_at] * len(across) + across[column_at]] ^= True
     return np.flatnonzero(cells)
 
 
