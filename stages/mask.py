@@ -6,7 +6,11 @@ Writes ``artifacts/mask/<task>-<method>-<setting>/seed-N/mask.safetensors``. Tak
 learns its mask takes as long as dense training.
 """
 
+from typing import Any
+
+from pipeline.masks.mask import Mask
 from pipeline.masks.ranking import Ranking
+from pipeline.masks.selection import layer_of
 from pipeline.parameters import base_digest
 from pipeline.runtime.workspace import VERSION, ranking_file
 from pipeline.tasks.base import Task
@@ -44,9 +48,23 @@ def run(stage: Stage) -> None:
             mask.info = chosen_for | mask.info | {"task": task.name, "setting": cell.setting, "seed": seed}
             mask.info["fishmask"] = VERSION
             size = mask.save(stage.folder(seed) / "mask.safetensors")
-            layers = {name: {"count": mask.count(name), "numel": mask.index.numel(name)} for name in mask.index}
             share = mask.nnz / parameters_of(mask)
-            stage.record(seed, nnz=mask.nnz, density=share, bytes=size, digest=mask.digest, layers=layers)
+            stage.record(seed, nnz=mask.nnz, density=share, bytes=size, digest=mask.digest, layers=by_layer(mask))
+
+
+def by_layer(mask: Mask) -> list[dict[str, Any]]:
+    """Count a mask's coordinates layer by layer.
+
+    Returns:
+        A list, which keeps the model's order in the file: each ``layer``, its ``count`` of ``numel``.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    for name in mask.index:
+        group = layer_of(name)
+        layer = layers.setdefault(group, {"layer": group, "count": 0, "numel": 0})
+        layer["count"] += mask.count(name)
+        layer["numel"] += mask.index.numel(name)
+    return list(layers.values())
 
 
 def _learning(stage: Stage, seed: int) -> Learning:

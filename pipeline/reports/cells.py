@@ -62,8 +62,8 @@ class MaskRecord:
         bytes: size of the mask file.
         examples: examples the scores were computed from, where recorded.
         digests: one per seed.
-        chosen: tensor name -> chosen coordinates.
-        sizes: tensor name -> all coordinates.
+        chosen: layer -> chosen coordinates.
+        sizes: layer, in the model's order -> all coordinates.
     """
 
     task: str
@@ -130,7 +130,7 @@ def mask_of(content: Mapping[str, Any]) -> MaskRecord:
     seeds = _by_seed(content)
     if not seeds:
         raise ValueError("it has no seed")
-    layers = [values["layers"] for values in seeds.values()]
+    layers = [{layer["layer"]: layer for layer in values["layers"]} for values in seeds.values()]
     return MaskRecord(
         task=content["task"],
         method=content["method"],

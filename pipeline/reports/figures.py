@@ -1,8 +1,7 @@
 """The figures of the main experiment: scores, sweeps, where coordinates lie, curves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from pipeline.masks.selection import layer_of
 from pipeline.reports.cells import Cell
 from pipeline.reports.drawing import INK, Figure, drawing, finish, style
 from pipeline.reports.results import Results, method_order
@@ -124,9 +123,9 @@ def layout_figure(results: Results, task: str) -> Figure | None:
     )
     if not masks:
         return None
-    sizes = _grouped(masks[0].sizes)
+    sizes = masks[0].sizes
     groups = list(sizes)
-    rows = [("all parameters", sizes), *((mask.method, _grouped(mask.chosen)) for mask in masks)]
+    rows = [("all parameters", sizes), *((mask.method, mask.chosen) for mask in masks)]
     shares = [[100 * counts.get(g, 0.0) / (sum(counts.values()) or 1.0) for g in groups] for _, counts in rows]
     with drawing(1, 1.6 + 0.52 * len(groups), 1.5 + 0.34 * len(rows)) as (figure, (ax,)):
         # A square root spreads the small shares, where most layers lie.
@@ -157,15 +156,6 @@ def layout_figure(results: Results, task: str) -> Figure | None:
             if (top := sorted(zip(row, groups, strict=True), reverse=True)[:3])
         )
         return finish(figure, f"layout-{task}", f"Where the coordinates of each mask lie, {task}", said + ".")
-
-
-def _grouped(counts: Mapping[str, float]) -> dict[str, float]:
-    """Sum tensors by layer."""
-    groups: dict[str, float] = {}
-    for name, count in counts.items():
-        group = layer_of(name)
-        groups[group] = groups.get(group, 0.0) + count
-    return groups
 
 
 def curves_figure(results: Results) -> Figure | None:

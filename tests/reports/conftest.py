@@ -35,11 +35,11 @@ class Metrics:
         self.write("train", f"{task}-{method}-{setting}", content)
 
     def mask(self, task, method, counts, setting="main"):
-        layers = {
-            "encoder.layer.0.dense.weight": {"count": counts[0], "numel": 150},
-            "encoder.layer.0.dense.bias": {"count": counts[1], "numel": 50},
-            "classifier.weight": {"count": counts[2], "numel": 200},
-        }
+        layers = [
+            {"layer": "encoder.layer.2", "count": counts[0], "numel": 150},
+            {"layer": "encoder.layer.10", "count": counts[1], "numel": 50},
+            {"layer": "classifier", "count": counts[2], "numel": 200},
+        ]
         seed = {"nnz": sum(counts), "density": sum(counts) / 400, "bytes": 2 * sum(counts), "layers": layers}
         seeds = {str(s): seed | {"digest": f"{method}{s}"} for s in range(3)}
         content = {"task": task, "method": method, "setting": setting, "seeds": seeds}

@@ -65,9 +65,11 @@ def test_the_description_has_the_numbers(results):
 
 def test_layout_shares_by_hand(results):
     said = layout_figure(results, "words").description
-    # fish: 6 of 10 in encoder.layer.0 (weight 0, bias 6), 4 in the classifier; all parameters: 200 of 400 in each
-    assert "fish: most in encoder.layer.0 (60 %), classifier (40 %)" in said
-    assert "all parameters: most in encoder.layer.0 (50 %), classifier (50 %)" in said
+    # fish: 6 of 10 in encoder.layer.10, 4 in the classifier, none of encoder.layer.2; all: 150, 50 and 200 of 400
+    assert "fish: most in encoder.layer.10 (60 %), classifier (40 %);" in said
+    assert "all parameters: most in classifier (50 %), encoder.layer.2 (38 %), encoder.layer.10 (12 %)" in said
+    svg = layout_figure(results, "words").svg
+    assert svg.index(">encoder.layer.2<") < svg.index(">encoder.layer.10<")  # the model's order
     assert layout_figure(results, "digits") is None
 
 

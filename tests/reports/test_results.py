@@ -78,7 +78,7 @@ def test_sweeps_hold_what_differs_in_one_quantity_only(demo, metrics):
 
 
 def test_examples_come_from_the_mask_where_training_does_not_say(metrics):
-    layers = {"a": {"count": 1, "numel": 1}}
+    layers = [{"layer": "a", "count": 1, "numel": 1}]
     metrics.write("mask", "words-fish-main", {
         "task": "words", "method": "fish", "setting": "main", "examples": 64,
         "seeds": {"0": {"nnz": 1, "density": 1, "bytes": 2, "digest": "d", "layers": layers}},
