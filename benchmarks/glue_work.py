@@ -14,7 +14,7 @@ from pipeline.runtime.workspace import Cell, Workspace, code_digest
 from pipeline.tasks.base import Task
 from pipeline.tasks.forgetting import measure
 from pipeline.training.device import choose_device
-from pipeline.training.resume import fingerprint
+from pipeline.training.fingerprint import fingerprint
 from stages import fetch, mask, score, train
 from stages.runner import Stage, use_threads
 from stages.tune_lr import at_setting, tuning_mask, tuning_score

@@ -6,7 +6,7 @@ Writes ``reports/`` (tables as csv and md, figures as svg, one self-contained ``
 """
 
 from pipeline.reports.page import write_report
-from pipeline.training.resume import fingerprint
+from pipeline.training.fingerprint import fingerprint
 from stages.runner import Stage, main
 
 

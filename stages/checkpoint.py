@@ -13,7 +13,7 @@ import shutil
 from pipeline.tasks.base import Task
 from pipeline.tasks.chain_run import ChainPlan, train_chain
 from pipeline.training.device import choose_device
-from pipeline.training.resume import fingerprint
+from pipeline.training.fingerprint import fingerprint
 from stages.runner import Stage, main, use_threads
 
 

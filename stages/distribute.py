@@ -23,8 +23,8 @@ from pipeline.runtime.process import interruptible
 from pipeline.tasks.base import Task
 from pipeline.tasks.shared_run import FILES, sharing_of, train_shared
 from pipeline.training.device import Device, choose_device
+from pipeline.training.fingerprint import fingerprint
 from pipeline.training.recipe import Recipe
-from pipeline.training.resume import fingerprint
 from stages.runner import Stage, main, use_threads
 
 

@@ -7,7 +7,7 @@ seconds for the embedded tasks, the hub's time otherwise.
 """
 
 from pipeline.tasks.fetch import fetch
-from pipeline.training.resume import fingerprint
+from pipeline.training.fingerprint import fingerprint
 from stages.runner import Stage, main
 
 

@@ -16,9 +16,9 @@ from pipeline.runtime.workspace import VERSION, ranking_file
 from pipeline.tasks.base import Task
 from pipeline.tasks.choosing import Learning, choose, parameters_of
 from pipeline.training.device import choose_device
+from pipeline.training.fingerprint import fingerprint
 from pipeline.training.methods import method_named
 from pipeline.training.recipe import Recipe
-from pipeline.training.resume import fingerprint
 from stages.runner import Stage, main, use_threads
 
 

@@ -20,7 +20,7 @@ from pipeline.runtime.atomic_folder import put_in_place
 from pipeline.runtime.process import alone, end_with_parent, interruptible
 from pipeline.runtime.workspace import VERSION, Cell, Workspace, code_digest
 from pipeline.tracking import Run, Tracker
-from pipeline.training.resume import fingerprint
+from pipeline.training.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from pipeline.tasks.base import Task

@@ -20,7 +20,7 @@ from pipeline.runtime.workspace import VERSION, ranking_file
 from pipeline.tasks.base import Task
 from pipeline.tasks.scoring import raw_scores
 from pipeline.training.device import Device, choose_device
-from pipeline.training.resume import fingerprint
+from pipeline.training.fingerprint import fingerprint
 from stages.runner import Stage, main, use_threads
 
 _PASS = ("kind", "power", "heads", "warm_head")  # what a pass over the examples depends on

@@ -28,8 +28,9 @@ from pipeline.tasks.fitting import fit_task
 from pipeline.tasks.trained import DELTA
 from pipeline.tracking import Run
 from pipeline.training.device import Device, choose_device
+from pipeline.training.fingerprint import fingerprint
 from pipeline.training.recipe import Recipe
-from pipeline.training.resume import ResumeFile, fingerprint
+from pipeline.training.resume import ResumeFile
 from stages.runner import Stage, main, use_threads
 
 MISMATCHED = "validation_mismatched"  # MNLI's second validation split: other genres than its training data's

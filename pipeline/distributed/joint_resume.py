@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from pipeline.distributed.collectives import Collectives
 from pipeline.masks.mask import Mask
-from pipeline.training.resume import Position, ResumeFile, Saved, fingerprint
+from pipeline.training.fingerprint import fingerprint
+from pipeline.training.resume import Position, ResumeFile, Saved
 
 
 @dataclass(eq=False)

@@ -22,8 +22,8 @@ from pipeline.distributed.collectives import Collectives
 from pipeline.distributed.local_sgd import LocalSGD
 from pipeline.errors import DivergedError, ParamsError
 from pipeline.masks.mask import Mask
+from pipeline.training.generators import undisturbed
 from pipeline.training.masked import MaskedParameters
-from pipeline.training.resume import undisturbed
 
 _REPORTS = 4  # evaluations per epoch at most: one costs as much as many local steps
 

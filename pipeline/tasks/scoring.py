@@ -17,12 +17,12 @@ from pipeline.masks.selection import selected
 from pipeline.parameters import ParameterIndex
 from pipeline.tasks.base import Task
 from pipeline.tasks.batches import Batches
+from pipeline.training.generators import undisturbed
 from pipeline.training.loop import fit
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.memory import Say, in_pieces_that_fit
 from pipeline.training.methods import method_named
 from pipeline.training.recipe import Recipe
-from pipeline.training.resume import undisturbed
 
 _NEXT_HEAD = 7_919  # between the seeds of one run's heads, so that runs of neighbouring seeds share none
 _WARM_LR = 0.01  # for AdamW on the head alone, where it matters little

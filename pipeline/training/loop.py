@@ -30,11 +30,12 @@ from pipeline.masks.mask import Mask
 from pipeline.parameters import tensor_digest
 from pipeline.training.batch import count_examples, pieces, to_channels_last
 from pipeline.training.device import Device
+from pipeline.training.generators import undisturbed
 from pipeline.training.ledger import FitResult, Ledger, Progress
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.memory import Say, halved, out_of_memory
 from pipeline.training.recipe import Recipe, make_optimizer
-from pipeline.training.resume import ResumeFile, undisturbed
+from pipeline.training.resume import ResumeFile
 from pipeline.training.schedule import Schedule, make_schedule
 from pipeline.training.signals import BreakIn, StopSignals
 from pipeline.training.sync import Sync

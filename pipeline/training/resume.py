@@ -8,9 +8,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from hashlib import blake2b
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +20,13 @@ from pipeline.errors import ArtifactError, MismatchError, StorageError
 from pipeline.files import read_file, write_file
 from pipeline.masks.mask import Mask
 from pipeline.parameters import unwrapped
+from pipeline.training.fingerprint import fingerprint
+from pipeline.training.generators import random_state, set_random_state
 
 FORMAT = "fishmask-resume"
 VERSION = 2
 _MASK = "mask."
 _SHARE = 20  # of the elapsed time, saving takes one part in this many at most: 5 %
-
-
-def fingerprint(**things: Any) -> str:
-    """Digest everything that determines a run: BLAKE2b-256 over canonical JSON.
-
-    Equal things give equal digests, in any order of mappings and sets, in any process.
-
-    Args:
-        things: JSON values, dataclasses, mappings, sequences, sets, paths, dtypes, devices. A tensor has no place
-            here; pass its digest.
-
-    Returns:
-        64 hex digits.
-
-    Raises:
-        TypeError: if a value is none of these.
-    """  # noqa: DOC502 - raised by what it calls
-    text = json.dumps(_plain(things), sort_keys=True, separators=(",", ":"))
-    return blake2b(text.encode(), digest_size=32).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Reduce a value to JSON data of one form."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted((_plain(item) for item in value), key=json.dumps)
-    if isinstance(value, (os.PathLike, torch.dtype, torch.device)):
-        return str(value)
-    raise TypeError(f"a fingerprint is made of plain values; got {type(value).__name__} (pass its digest)")
 
 
 @dataclasses.dataclass
@@ -285,48 +249,5 @@ def weights(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
     return {f"weight.{name}": have[name].detach() for name in mask.index}
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Read torch's random number generators: the CPU's, and the device's.
-
-    Returns:
-        ``random.<kind of device>`` -> uint8 state.
-    """
-    state = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["random.cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["random.mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put back what ``random_state`` read."""
-    torch.set_rng_state(state["random.cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["random.cuda"], device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(state["random.mps"])
-
-
 def _signature(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (t.shape, t.dtype) for name, t in tensors.items()}
-
-
-@contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let others use a model in training so that it leaves no trace in what follows.
-
-    Args:
-        model: in train mode, to which it returns.
-        device: whose random number generator counts, beside the CPU's.
-
-    Yields:
-        None, while the model is in eval mode.
-    """
-    state = random_state(device)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-        set_random_state(state, device)

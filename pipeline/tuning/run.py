@@ -25,10 +25,11 @@ from pipeline.tasks.fitting import EVALUATION, fit_task
 from pipeline.tasks.scoring import scores_for
 from pipeline.tracking import Run, Tracker
 from pipeline.training.device import Device, choose_device
+from pipeline.training.fingerprint import fingerprint
 from pipeline.training.memory import in_pieces_that_fit
 from pipeline.training.methods import mask_for
 from pipeline.training.recipe import Recipe
-from pipeline.training.resume import ResumeFile, fingerprint
+from pipeline.training.resume import ResumeFile
 from pipeline.tuning.budget import fit_epochs
 from pipeline.tuning.features import HeadTask, head_task
 from pipeline.tuning.manifest import DELTA

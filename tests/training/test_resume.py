@@ -21,7 +21,8 @@ from pipeline.errors import DivergedError, Interrupted, StorageError
 from pipeline.losses import example_losses
 from pipeline.training import ledger
 from pipeline.training import resume as room
-from pipeline.training.resume import ResumeFile, fingerprint
+from pipeline.training.fingerprint import fingerprint
+from pipeline.training.resume import ResumeFile
 
 # One run, executed here and in processes that are killed: BatchNorm, dropout, accumulation, a ragged last batch.
 RUN = '''
@@ -31,7 +32,8 @@ from torch import nn
 from pipeline.masks.mask import Mask
 from pipeline.training.loop import Recipe, fit
 from pipeline.training.masked import MaskedParameters
-from pipeline.training.resume import ResumeFile, fingerprint
+from pipeline.training.fingerprint import fingerprint
+from pipeline.training.resume import ResumeFile
 
 EPOCHS, BATCHES, ACCUMULATE = 3, 7, 2
 STEPS = EPOCHS * 4
