@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+from dataclasses import replace
 
 from pipeline.distributed.collectives import Collectives
 from pipeline.distributed.launch import TIMEOUT, is_worker, joined, launch
@@ -22,6 +23,7 @@ from pipeline.params import DistributeParams
 from pipeline.runtime.process import interruptible
 from pipeline.tasks.base import Task
 from pipeline.tasks.shared_run import FILES, sharing_of, train_shared
+from pipeline.tasks.sharing import Sharing, course_of
 from pipeline.training.device import Device, choose_device
 from pipeline.training.fingerprint import fingerprint
 from pipeline.training.recipe import Recipe
@@ -41,6 +43,7 @@ def run(stage: Stage, *, timeout: float = TIMEOUT, restarts: int = 0, debug: boo
         ParamsError: if a torchrun of your own started another number of workers.
     """
     wanted, threads = stage.read(f"distribute.{stage.cell.setting}"), stage.read("threads")
+    plan = _plan(stage, wanted)  # before there are workers, each of which would say what is wrong
     if not is_worker():
         launch(wanted.workers, restarts=restarts, threads=threads)
         return
@@ -52,23 +55,36 @@ def run(stage: Stage, *, timeout: float = TIMEOUT, restarts: int = 0, debug: boo
                 f"distribute.{stage.cell.setting}.workers is {wanted.workers}, but torchrun started {world.size}; "
                 "make them equal"
             )
-        _work(stage, wanted, device, world, debug)
+        _work(stage, *plan, device, world, debug)
 
 
-def _work(stage: Stage, wanted: DistributeParams, device: Device, world: Collectives, debug: bool) -> None:
-    """Train every seed; rank 0 alone holds the cell, and talks to MLflow and to the outputs."""
+def _plan(stage: Stage, wanted: DistributeParams) -> tuple[Task, Sharing, Recipe, int]:
+    """Read what the workers will do, and check that it fits together: data, sharing, recipe, batch size."""
     cell, train, method = stage.cell, stage.of_task("train"), stage.cell.method or ""
     sharing = sharing_of(method, wanted, stage.of_task("score"), stage.of_task("density"), stage.of_task("head"))
     lr, metric = stage.read(f"methods.{method}.lr.{cell.task}"), stage.of_task("metric")
-    recipe = train.model_dump(exclude={"batch_size"}) | {"lr": (wanted.lr or {}).get(method, lr)}
-    recipe |= {"epochs": wanted.epochs or train.epochs}
+    settings = train.model_dump(exclude={"batch_size"}) | {"lr": (wanted.lr or {}).get(method, lr)}
+    recipe = Recipe(**settings | {"epochs": wanted.epochs or train.epochs})
     task = Task.load(stage.input("fetch"), stage.of_task("model"), metric)
     stage.keep_seeds(wanted.seeds)
+    try:
+        course_of(sharing, recipe, train.batch_size, task.sizes["train"], wanted.workers)
+    except ParamsError as error:
+        raise ParamsError(f"distribute.{cell.setting}: {error}") from None
+    return task, sharing, recipe, train.batch_size
+
+
+def _work(
+    stage: Stage, task: Task, sharing: Sharing, recipe: Recipe, batch_size: int, device: Device,
+    world: Collectives, debug: bool,
+) -> None:  # fmt: skip
+    """Train every seed; rank 0 alone holds the cell, and talks to MLflow and to the outputs."""
+    cell, metric = stage.cell, task.metric
     folders, first = stage.resumable(task.data_digest, device.reason), world.rank == 0
     names = [folder.name for folder in folders.values()]
     tags = {"data_digest": task.data_digest, "workers": str(world.size)}
     with stage.held(fingerprint(cell=cell, seeds=names), beside=True, **tags) if first else interruptible() as run:
-        stage.record(kind=task.kind, metric=metric, lr=recipe["lr"], data=task.summary())
+        stage.record(kind=task.kind, metric=metric, lr=recipe.lr, data=task.summary())
         done = {s: world.largest("control", first and (f / "result.json").is_file()) for s, f in folders.items()}
         left, scores = [seed for seed in folders if not done[seed]], list[float]()
         for seed, folder in folders.items():
@@ -76,7 +92,7 @@ def _work(stage: Stage, wanted: DistributeParams, device: Device, world: Collect
                 child = run.child(seed, fingerprint=folder.name) if run else contextlib.nullcontext()
                 with child as log:
                     spent = train_shared(
-                        task, sharing, Recipe(seed=seed, **recipe), train.batch_size, device, world, folder,
+                        task, sharing, replace(recipe, seed=seed), batch_size, device, world, folder,
                         name=f"distribute {cell.name}", info=stage.provenance(task, seed),
                         log=log.log if log else None, debug=debug, to_go=len(left) if seed == left[0] else 0,
                     )  # fmt: skip

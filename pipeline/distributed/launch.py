@@ -23,6 +23,7 @@ it. The same command goes on from the last merge that was saved, and so do torch
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import signal
@@ -39,11 +40,13 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.distributed.collectives import Collectives
-from pipeline.errors import Interrupted, WorkerError
+from pipeline.errors import FishmaskError, Interrupted, WorkerError
 from pipeline.runtime.process import end_with_parent
 
 TIMEOUT = 300.0
 """Seconds that an exchange may take; rank 0's evaluation and saving count, the others wait for it."""
+
+_IN_THE_WAKE = (WorkerError.code, Interrupted.code, -signal.SIGTERM)  # how workers end after another one failed
 
 GRACE = 20.0
 """Seconds that a worker may go on after SIGTERM, for the step under way and a save."""
@@ -118,6 +121,8 @@ def joined(timeout: float = TIMEOUT, *, cuda: bool = False, grace: float = GRACE
 
     Raises:
         WorkerError: if the workers do not find each other.
+        FishmaskError: what the block raises, where no other worker of this machine raised the same.
+        SystemExit: else, with the error's code; and after a SIGTERM, whose reason the launcher tells.
     """
     end_with_parent(grandparent=False, by=signal.SIGKILL)  # its state is that of the last save, at any moment
     _kill_late(grace)
@@ -138,8 +143,22 @@ def joined(timeout: float = TIMEOUT, *, cuda: bool = False, grace: float = GRACE
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}: the workers did not meet at {where} within "
             f"{timeout:g} s ({first}); check the address, the firewall and that all were started"
         ) from None
-    yield Collectives()
+    try:
+        yield Collectives()
+    except FishmaskError as error:
+        if isinstance(error, Interrupted) or _said(store, str(error)):
+            raise SystemExit(error.code) from None
+        raise
     dist.destroy_process_group()  # after a failure the process ends anyway, and this could wait for the dead
+
+
+def _said(store: PrefixStore, line: str) -> bool:
+    """Tell whether another worker of this machine says the same: bad input is said once."""
+    digest = hashlib.blake2b(line.encode(), digest_size=8).hexdigest()
+    try:
+        return int(store.add(f"said-{os.environ.get('GROUP_RANK', '0')}-{digest}", 1)) > 1
+    except RuntimeError:  # its host has ended
+        return False
 
 
 def _kill_late(grace: float) -> None:
@@ -166,9 +185,7 @@ def _one_node() -> bool:
 def _failure(failures: dict[int, Any]) -> WorkerError:
     """Say which worker failed first, and of what."""
     # The others fail in its wake: by losing touch (our own code), or by torchrun's SIGTERM.
-    rank, worst = min(
-        failures.items(), key=lambda item: (item[1].exitcode in (WorkerError.code, -15), item[1].timestamp)
-    )
+    rank, worst = min(failures.items(), key=lambda item: (item[1].exitcode in _IN_THE_WAKE, item[1].timestamp))
     again = "; run the same command again to go on from the last merge"
     if worst.exitcode < 0:
         how = f"was killed by {signal.Signals(-worst.exitcode).name}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.errors import ModelError
+from pipeline.errors import FishmaskError, ModelError
 from pipeline.tasks import resnet, zoo
 from pipeline.tasks.settings import ModelSettings
 from pipeline.tasks.sources import ZOOS, hub_error, package_model, parse, prepare_hub
@@ -219,7 +219,7 @@ def _hub_library(model: ModelSettings, what: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except ModelError:
+    except FishmaskError:  # also a SIGTERM meanwhile
         raise
     except Exception as error:  # the library's own errors, and those of the files and formats beneath it
         if hub:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, FishmaskError
 from pipeline.tasks import demo
 from pipeline.tasks.folders import SPLITS, SplitFiles, find_splits
 from pipeline.tasks.published import Published, lookup
@@ -172,6 +172,8 @@ def read_hub(task: str, source: Source, revision: str | None, *, judged: bool = 
     datasets.disable_progress_bars()
     try:
         loaded = datasets.load_dataset(source.name, source.config, revision=revision)
+    except FishmaskError:  # a SIGTERM meanwhile
+        raise
     except Exception as error:  # whatever the hub, its client or the builder raises, the data is not to be had
         way_out = f"set FISHMASK_DATA to a folder that holds {task}/*.parquet, or name a folder as the source"
         raise hub_error(DataError, key, name, way_out, error) from error

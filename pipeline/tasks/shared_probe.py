@@ -11,7 +11,7 @@ from pipeline.parameters import ParameterIndex
 from pipeline.tasks.base import Task
 from pipeline.tasks.clock import duration, timed, timed_forward, timed_steps
 from pipeline.tasks.scoring import scores_for
-from pipeline.tasks.sharing import EVALUATION, Sharing
+from pipeline.tasks.sharing import EVALUATION, Sharing, batches_of
 from pipeline.training.device import Device
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.methods import mask_for, method_named
@@ -64,8 +64,7 @@ def estimate(
     begun, where = time.monotonic(), device.device
     model = task.model(recipe.seed).to(where)
     index = ParameterIndex.of(model)
-    length = math.ceil(task.sizes["train"] / (workers if sharing.shard else 1) / batch_size)
-    steps = math.ceil(length / recipe.accumulate)
+    steps = math.ceil(batches_of(sharing, batch_size, task.sizes["train"], workers) / recipe.accumulate)
     # As many coordinates as the run's, anywhere: scores take longer than all the rest of a probe.
     like = "random" if method_named(sharing.method).needs_ranking else sharing.method
     chosen = mask_for(like, model, density=sharing.density, head=sharing.head, seed=recipe.seed)

@@ -13,7 +13,7 @@ from pipeline.distributed.own_masks import interleaved, random_scores
 from pipeline.distributed.rounds import Course, OnMerge, Rounds
 from pipeline.errors import DivergedError, ParamsError
 from pipeline.masks.mask import Mask
-from pipeline.masks.select import dense
+from pipeline.masks.select import STRATEGIES, dense
 from pipeline.parameters import ParameterIndex
 from pipeline.runtime.progress import ProgressLine
 from pipeline.tasks.base import Task
@@ -23,7 +23,7 @@ from pipeline.tasks.scoring import scores_for
 from pipeline.training.device import Device
 from pipeline.training.loop import FitResult, fit
 from pipeline.training.masked import MaskedParameters
-from pipeline.training.methods import mask_for, method_named
+from pipeline.training.methods import METHODS, mask_for, method_named
 from pipeline.training.recipe import Recipe
 
 EVALUATION = 4  # evaluation batches are this many times larger: no gradients, hence no memory for them
@@ -58,6 +58,53 @@ class Sharing:
     shard: bool = True
 
 
+def course_of(
+    sharing: Sharing, recipe: Recipe, batch_size: int, rows: int, workers: int, *, debug: bool = False
+) -> Course:
+    """Lay out a run, the same for every worker; what does not fit together is found here, before it starts.
+
+    Args:
+        sharing: how the workers share the work.
+        recipe: how each trains.
+        batch_size: examples per batch of one worker.
+        rows: of the training data.
+        workers: W.
+        debug: check after each merge that all ranks are bitwise equal.
+
+    Returns:
+        When they merge, and how many steps they make, each as often as the others.
+
+    Raises:
+        ParamsError: if the settings do not fit each other, or the data.
+    """
+    if not 0 <= sharing.warmup < recipe.epochs:
+        raise ParamsError(f"warmup is {sharing.warmup} epochs; expected fewer than the {recipe.epochs} of the run")
+    method = method_named(sharing.method)
+    if method.strategy not in STRATEGIES:
+        known = ", ".join(name for name, other in METHODS.items() if other.strategy in STRATEGIES)
+        raise ParamsError(f"method '{method.name}' takes more than a mask of the base; expected one of {known}")
+    if sharing.own_masks and not (method.needs_ranking or method.strategy == "random"):
+        raise ParamsError(f"method '{method.name}' has one mask for all workers; set own_masks to false")
+    if sharing.shard and rows < workers:
+        raise ParamsError(
+            f"workers is {workers}, but train has {rows} rows; start {rows} at most, or set shard to false"
+        )
+    steps = math.ceil(batches_of(sharing, batch_size, rows, workers) / recipe.accumulate)
+    return Course(
+        sharing.every, steps, recipe.epochs * steps, sharing.average, sharing.warmup * steps, sharing.renew,
+        sharing.own_masks, sharing.outer, torch.bfloat16 if sharing.dtype == "bf16" else torch.float32, debug,
+    )  # fmt: skip
+
+
+def batches_of(sharing: Sharing, batch_size: int, rows: int, workers: int) -> int:
+    """Count the batches of an epoch: as many on every rank, whose shards may differ by one row.
+
+    Returns:
+        The number.
+    """
+    return math.ceil((rows // workers if sharing.shard else rows) / batch_size)
+
+
 def shard_of(rows: Rows, rank: int, size: int, seed: int) -> Rows:
     """Deal rows out: the workers' shards are disjoint, cover all rows, and differ by one row at most.
 
@@ -85,6 +132,7 @@ def train_worker(
     resume: JointResume | None = None,
     log: OnMerge | None = None,
     debug: bool = False,
+    splits: tuple[str, str] | None = None,
 ) -> tuple[FitResult, Rounds]:
     """Train this rank's copy of the model, in place, together with the other ranks.
 
@@ -100,6 +148,7 @@ def train_worker(
         resume: where this rank's unfinished run is kept.
         log: told of each merge, on rank 0.
         debug: check after each merge that all ranks are bitwise equal.
+        splits: to train and choose masks on, and to score; None: train, and the reported one.
 
     Returns:
         The history of this rank, and the rounds with their records and bytes.
@@ -107,36 +156,27 @@ def train_worker(
     Raises:
         ParamsError: if the settings do not fit each other.
         DivergedError: if training diverged on any rank; on all of them.
-    """
-    if not 0 <= sharing.warmup < recipe.epochs:
-        raise ParamsError(f"warmup is {sharing.warmup} epochs; expected fewer than the {recipe.epochs} of the run")
-    method = method_named(sharing.method)
-    if sharing.own_masks and not (method.needs_ranking or method.strategy == "random"):
-        raise ParamsError(f"method '{method.name}' has one mask for all workers; set own_masks to false")
+    """  # noqa: DOC502 - raised by what it calls
     where, rank, seed = device.device, world.rank, seed_of(recipe.seed, world.rank)
-    rows = task.rows("train")
+    part, judged = splits or ("train", task.reported)
+    rows = task.rows(part)
+    course = course_of(sharing, recipe, batch_size, len(rows), world.size, debug=debug)
+    length = batches_of(sharing, batch_size, len(rows), world.size)
     mine = shard_of(rows, rank, world.size, recipe.seed) if sharing.shard else rows
-    length = math.ceil((len(rows) // world.size if sharing.shard else len(rows)) / batch_size)
 
     def batches(epoch: int) -> Batches:
-        made = task.batches("train", batch_size, seed=seed, epoch=epoch, device=where, among=mine)
-        made.groups = made.groups[:length]  # every rank makes as many steps
+        made = task.batches(part, batch_size, seed=seed, epoch=epoch, device=where, among=mine)
+        made.groups = made.groups[:length]
         return made
 
     def choose(model: nn.Module, number: int) -> Mask:
-        return choose_mask(task, model, sharing, recipe.seed, number, world)
+        return choose_mask(task, model, sharing, recipe.seed, number, world, split=part)
 
-    every_step = math.ceil(length / recipe.accumulate)
-    course = Course(
-        sharing.every, every_step, recipe.epochs * every_step, sharing.average, sharing.warmup * every_step,
-        sharing.renew, sharing.own_masks, sharing.outer,
-        torch.bfloat16 if sharing.dtype == "bf16" else torch.float32, debug,
-    )  # fmt: skip
     first = dense(ParameterIndex.of(model)) if sharing.warmup else choose(model, 0)
     with ProgressLine(name) as line, MaskedParameters(model, first) as masked:
         rounds = Rounds(
             masked, course, head=sharing.head, choose=choose, log=log,
-            evaluate=lambda m: task.evaluate(m, task.reported, EVALUATION * batch_size, where, device.autocast),
+            evaluate=lambda m: task.evaluate(m, judged, EVALUATION * batch_size, where, device.autocast),
         )  # fmt: skip
         if resume is not None:
             resume.wire = rounds.wire
@@ -159,7 +199,13 @@ def train_worker(
 
 
 def choose_mask(
-    task: Task, model: nn.Module, sharing: Sharing, seed: int, number: int, world: Collectives
+    task: Task,
+    model: nn.Module,
+    sharing: Sharing,
+    seed: int,
+    number: int,
+    world: Collectives,
+    split: str = "train",
 ) -> Mask:
     """Choose this rank's mask on a model that is the same on every rank.
 
@@ -170,6 +216,7 @@ def choose_mask(
         seed: of the run.
         number: of the choice, from 0; renewed masks see other examples and draws.
         world: the ranks.
+        split: what scores are averaged over.
 
     Returns:
         The mask.
@@ -177,7 +224,7 @@ def choose_mask(
     drawn = seed + number * 1_000_003
     drawn_head = number == 0 and not sharing.warmup
     how = {key: value for key, value in sharing.score.items() if drawn_head or key not in ("heads", "warm_head")}
-    scores = scores_for(sharing.method, task, model, seed=drawn, head=sharing.head, **how)
+    scores = scores_for(sharing.method, task, model, seed=drawn, head=sharing.head, split=split, **how)
     if not sharing.own_masks or world.size == 1:
         return mask_for(
             sharing.method, model, density=sharing.density, head=sharing.head, seed=drawn, ranking=scores
