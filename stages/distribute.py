@@ -29,6 +29,9 @@ from pipeline.training.fingerprint import fingerprint
 from pipeline.training.recipe import Recipe
 from stages.runner import Stage, main, use_threads
 
+Plan = tuple[Task, Sharing, Recipe, int]
+"""Data, how the workers share it, how each trains, the batch size of one."""
+
 
 def run(stage: Stage, *, timeout: float = TIMEOUT, restarts: int = 0, debug: bool = False) -> None:
     """Start the workers, or be one.
@@ -43,7 +46,7 @@ def run(stage: Stage, *, timeout: float = TIMEOUT, restarts: int = 0, debug: boo
         ParamsError: if a torchrun of your own started another number of workers.
     """
     wanted, threads = stage.read(f"distribute.{stage.cell.setting}"), stage.read("threads")
-    plan = _plan(stage, wanted)  # before there are workers, each of which would say what is wrong
+    known = plan(stage, wanted)  # before there are workers, each of which would say what is wrong
     if not is_worker():
         launch(wanted.workers, restarts=restarts, threads=threads)
         return
@@ -55,11 +58,18 @@ def run(stage: Stage, *, timeout: float = TIMEOUT, restarts: int = 0, debug: boo
                 f"distribute.{stage.cell.setting}.workers is {wanted.workers}, but torchrun started {world.size}; "
                 "make them equal"
             )
-        _work(stage, *plan, device, world, debug)
+        _work(stage, *known, device, world, debug)
 
 
-def _plan(stage: Stage, wanted: DistributeParams) -> tuple[Task, Sharing, Recipe, int]:
-    """Read what the workers will do, and check that it fits together: data, sharing, recipe, batch size."""
+def plan(stage: Stage, wanted: DistributeParams) -> Plan:
+    """Read what the workers will do, and check that it fits together.
+
+    Returns:
+        What every seed has in common; the recipe's own is 0.
+
+    Raises:
+        ParamsError: if it does not; names the setting.
+    """
     cell, train, method = stage.cell, stage.of_task("train"), stage.cell.method or ""
     sharing = sharing_of(method, wanted, stage.of_task("score"), stage.of_task("density"), stage.of_task("head"))
     lr, metric = stage.read(f"methods.{method}.lr.{cell.task}"), stage.of_task("metric")

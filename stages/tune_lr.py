@@ -83,7 +83,7 @@ def tune(
         tried = halving(start, reach, params.seeds[:seeds], score)
         best[method] = best_rate(tried)
         log[method] = tried
-        _show(name, method, settings.metric, tried, best[method])
+        show(name, method, settings.metric, tried, best[method])
     record(workspace, name, setting, settings, task, log)
     if write:
         found = {params.rate_key(name, method, setting): rate for method, rate in best.items()}
@@ -169,7 +169,8 @@ def tuning_score(
     return result.history[-1][task.metric]
 
 
-def _show(task: str, method: str, metric: str, tried: dict[float, list[float]], best: float) -> None:
+def show(task: str, method: str, metric: str, tried: dict[float, list[float]], best: float) -> None:
+    """Print what was tried for a method, the best rate marked."""
     table = Table("lr", f"{metric} on tune", "seeds", title=f"{task} {method}")
     for rate, scores in tried.items():
         star = " *" if rate == best else ""

@@ -154,12 +154,22 @@ def tune_lr(
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help="Only this method. [all]")] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds per learning rate.")] = 2,
     setting: Annotated[str, typer.Option("--setting", help="Tune at its density and examples.")] = "main",
+    distribute: Annotated[
+        str | None, typer.Option("--distribute", help="Tune a name below distribute, on its workers, instead.")
+    ] = None,
     write: Annotated[bool, typer.Option("--write/--dry-run", help="Record the best in params.yaml.")] = True,
 ) -> None:
     """Find each method's learning rate on a split of train, never on the reported split."""
     from pipeline.params import Params
     from pipeline.runtime.workspace import Workspace
-    from stages.tune_lr import tune
 
     workspace = Workspace.here()
-    tune(workspace, Params.load(workspace.root / "params.yaml"), task, method, seeds, write, setting=setting)
+    params = Params.load(workspace.root / "params.yaml")
+    if distribute is not None:
+        from stages import tune_workers
+
+        tune_workers.tune(workspace, params, task, method, seeds, write, distribute)
+    else:
+        from stages import tune_lr as module
+
+        module.tune(workspace, params, task, method, seeds, write, setting=setting)

@@ -1,7 +1,7 @@
 """Tables 2 and 3 and their figures: what workers reach and send that exchange only what the mask covers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pipeline.reports.drawing import Figure, drawing, finish, style
@@ -34,7 +34,7 @@ def share_table(results: Results, kind: str) -> Table | None:
     rows = tuple(_row(cell, goals[cell.task]) for cell in cells)
     records = tuple(_record(cell, goals[cell.task]) for cell in cells)
     columns = (
-        "task", "method", "mask", "merge", "local steps", "density", "score", "seeds", "sent", "of it values",
+        "task", "method", "mask", "merge", "local steps", "density", "score", "seeds", "sent", "values",
         "sent until goal", "drift", "lr",
     )  # fmt: skip
     number = NUMBERS[kind]
@@ -62,10 +62,13 @@ def bytes_figure(results: Results) -> Figure | None:
                 said.append(f"{task}, {_label(cell)}: {y[-1]:.1f} after {size(x[-1])}")
                 ax.set_ylabel(metric_title(cell.metric))
             ax.set_xscale("log")
-            ax.set_xlabel("bytes sent by all workers so far, logarithmic")
+            ticks = _ticks([point.sent for cell in cells for point in cell.curve() if point.sent > 0])
+            ax.set_xticks(ticks, [size(tick) for tick in ticks])
+            ax.minorticks_off()
+            ax.set_xlabel("sent by all workers so far, logarithmic")
             ax.set_title(task)
             ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-        title = "Score against bytes sent; a point a scored merge, means over seeds"
+        title = f"Score against bytes sent; a point a scored merge, means over {_number(results.shares.values())}"
         return finish(figure, "bytes", title, "; ".join(said) + ".")
 
 
@@ -77,13 +80,13 @@ def steps_figure(results: Results) -> Figure | None:
     said = []
     with drawing(len(lines), 4.8, 3.4) as (figure, axes):
         for (task, found), ax in zip(lines.items(), axes, strict=True):
-            for number, cells in enumerate(found):
+            for position, cells in enumerate(found):
                 scale = scale_of(cells[0].metric)
                 colour, marker = style(cells[0].method)
                 x, y = [cell.every for cell in cells], [(cell.mean or 0.0) * scale for cell in cells]
                 bars = [(cell.spread or 0.0) * scale for cell in cells]
                 label = _label(cells[0], steps=False)
-                dashes = _DASHES[sum(c[0].method == cells[0].method for c in found[:number]) % len(_DASHES)]
+                dashes = _DASHES[sum(c[0].method == cells[0].method for c in found[:position]) % len(_DASHES)]
                 ax.errorbar(
                     x, y, yerr=bars, color=colour, marker=marker, linestyle=dashes, capsize=3, linewidth=1.4,
                     label=label,
@@ -97,8 +100,21 @@ def steps_figure(results: Results) -> Figure | None:
             ax.set_xlabel("local steps between merges, logarithmic")
             ax.set_title(task)
             ax.legend(loc="best", fontsize=8)
-        title = "Score against local steps; bars: one standard deviation over seeds"
+        number = _number([cell for found in lines.values() for line in found for cell in line])
+        title = f"Score against local steps; bars: one standard deviation over {number}"
         return finish(figure, "local-steps", title, "; ".join(said) + ".")
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Round numbers between the least and the largest, the roundest that give three."""
+    low, high = min(values), max(values)
+    found: list[float] = []
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [d * 10.0**decade for decade in decades for d in digits if low <= d * 10.0**decade <= high]
+        if len(found) >= 3:
+            break
+    return found or [low]
 
 
 def _ordered(results: Results, kind: str) -> list[ShareCell]:
@@ -136,6 +152,18 @@ def _label(cell: ShareCell, *, steps: bool = True) -> str:
     return ", ".join(parts + ([f"{cell.every} steps"] if steps and cell.every else []))
 
 
+def _course(cell: ShareCell) -> str:
+    """``2 workers, each with a part of the data; 5 epochs, of which the first trains everything``."""
+    workers = "1 worker with all of the data"
+    if cell.workers > 1:
+        workers = f"{cell.workers} workers, each with {'a part' if cell.shard else 'all'} of the data"
+    epochs = f"{cell.epochs} epoch{'s' * (cell.epochs != 1)}"
+    if cell.warmup:
+        first = "first trains" if cell.warmup == 1 else f"first {cell.warmup} train"
+        epochs += f", of which the {first} everything"
+    return f"{workers}, {epochs}"
+
+
 def _row(cell: ShareCell, goal: float | None) -> tuple[Entry, ...]:
     reached = None if goal is None else cell.bytes_to(goal)
     texts = [cell.task, cell.method, cell.mask or MISSING, cell.merge]
@@ -164,14 +192,20 @@ def _record(cell: ShareCell, goal: float | None) -> dict[str, Any]:
     )
 
 
-def _notes(cells: Sequence[ShareCell], goals: dict[str, float | None]) -> list[str]:
+def _number(cells: Iterable[ShareCell]) -> str:
+    """``n = 2 seeds`` or ``n = 2 to 3 seeds``."""
     counts = sorted({len(cell.values) for cell in cells})
-    number = f"n = {counts[0]} seeds" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]} seeds"
+    return f"n = {counts[0]} seeds" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]} seeds"
+
+
+def _notes(cells: Sequence[ShareCell], goals: dict[str, float | None]) -> list[str]:
     notes = [
-        f"Mean ± sample standard deviation over {number}, after the last merge. Workers are processes; sent is "
-        "what all of them handed to collectives for others, buffers, checks and masks included, mean over seeds.",
-        "Density is what one worker trains; drift is the root mean square distance of the workers' changes from "
-        "their mean, averaged over merges.",
+        f"Mean ± sample standard deviation over {_number(cells)}, after the last merge. Workers are processes; "
+        "sent is what all of them handed to collectives for others, buffers, checks and masks included, mean over seeds; "
+        "values is the part of it that carries changes of parameters.",
+        "Density is what one worker trains. Drift is how far the workers were apart at a merge, in units of the "
+        "parameters: the Euclidean distance of a worker's change from their mean, root mean square over workers, "
+        "averaged over merges.",
     ]
     told = [f"{scale_of(c.metric) * goal:.1f} on {task}" for task, goal in goals.items() if goal is not None
             for c in [next(cell for cell in cells if cell.task == task)]]  # fmt: skip
@@ -180,10 +214,19 @@ def _notes(cells: Sequence[ShareCell], goals: dict[str, float | None]) -> list[s
             f"The goal is {percent(_SHARE)} of the task's best mean: {', '.join(told)}; – where not every seed "
             "got there at a scored merge."
         )
-    for cell in {cell.task: cell for cell in cells}.values():
-        shares = "each worker has a part of the data" if cell.shard else "every worker sees all of the data"
-        warm = f"; the first {cell.warmup} epoch{'s' * (cell.warmup != 1)} train everything" if cell.warmup else ""
-        notes.append(f"{cell.task}: {metric_title(cell.metric)}; {shares}{warm}; {data_text(cell)}.")
+    for task in goals:
+        alike: dict[str, list[str]] = {}
+        for cell in (own := [cell for cell in cells if cell.task == task]):
+            alike.setdefault(_course(cell), []).append(_label(cell))
+        courses = [(f"{', '.join(who)}: " if len(alike) > 1 else "") + how for how, who in alike.items()]
+        notes.append(f"{task}: {metric_title(own[0].metric)}; {'; '.join(courses)}; {data_text(own[0])}.")
+    foreign = [f"{cell.task} {_label(cell)}" for cell in cells if not cell.own_rate and cell.workers > 1]
+    if foreign:
+        which = "all rows" if len(foreign) == sum(cell.workers > 1 for cell in cells) else "; ".join(foreign)
+        notes.append(
+            f"lr is the method's rate for one worker at the main setting, not searched for these workers, merges "
+            f"and epochs, which may favour a method: {which}."
+        )
     for cell in cells:
         lost = [str(seed) for seed, score in cell.scores.items() if score is None or not math.isfinite(score)]
         if lost:

@@ -34,6 +34,8 @@ class ShareCell(Scored):
         kind: ``text`` or ``image``.
         metric: the name of the task's metric.
         lr: the learning rate.
+        own_rate: whether the setting has that rate for the method; else it is the method's of one worker.
+        epochs: passes of each worker over its data.
         workers: how many.
         every: local steps between merges; 0 where the gradient is averaged at every step.
         average: ``mean`` or ``sum``.
@@ -54,6 +56,8 @@ class ShareCell(Scored):
     kind: str
     metric: str
     lr: float
+    own_rate: bool
+    epochs: int
     workers: int
     every: int
     average: str
@@ -136,6 +140,8 @@ def share_cell(content: Mapping[str, Any]) -> ShareCell:
         kind=content["kind"],
         metric=content["metric"],
         lr=content["lr"],
+        own_rate=content["method"] in (setting["lr"] or {}),
+        epochs=setting["epochs"] or content["params"][f"tasks.{content['task']}.train"]["epochs"],
         **{key: setting[key] for key in ("workers", "every", "average", "own_masks", "shard", "warmup")},
         density=mean([values["density"] for values in seeds.values() if "density" in values]) or 0.0,
         data=content.get("data") or {},

@@ -1,4 +1,4 @@
-"""BERT, a ResNet with BatchNorm, GPT-2 with tied weights: local SGD by real workers, and what it must equal.
+"""Networks of several kinds: local SGD by real workers, and what it must equal.
 
 python models.py RANK SIZE FOLDER
 """
@@ -19,13 +19,15 @@ from pipeline.tasks.resnet import ResNet
 from pipeline.training.masked import MaskedParameters
 
 EVERY, STEPS = 2, 5
-NAMES = ("bert", "resnet", "gpt2")
+NAMES = ("bert", "resnet", "gpt2", "lstm", "vit", "tied", "plain-norm", "bf16")
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     if name == "resnet":
         return ResNet(3, 2, (4, 8), (1, 1)).to(dtype).train()
+    if name in OWN:
+        return OWN[name]().to(torch.bfloat16 if name == "bf16" and dtype == torch.float32 else dtype).train()
     from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
     if name == "bert":
@@ -57,10 +59,77 @@ class Tied(nn.Module):
         return logits + self.tied(hidden)[:, :2]
 
 
+class Lstm(nn.Module):
+    """A bidirectional LSTM that classifies token sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(40, 12)
+        self.lstm = nn.LSTM(12, 10, num_layers=2, bidirectional=True, batch_first=True)
+        self.out = nn.Linear(20, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = self.lstm(self.tokens(input_ids))[0]
+        return self.out((states * attention_mask[..., None]).sum(1) / 7)
+
+
+class Vit(nn.Module):
+    """A vision transformer: patches, a class token and positions that are bare parameters, two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, 16) * 0.1)
+        self.positions = nn.Parameter(torch.randn(1, 5, 16) * 0.1)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.out = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        together = torch.cat([self.token.expand(len(x), -1, -1), patches], 1) + self.positions
+        return self.out(self.layers(together)[:, 0])
+
+
+class TiedBags(nn.Module):
+    """An autoencoder of bags of tokens whose output layer is its input embedding; two of its words are classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(40, 16)
+        self.middle = nn.Linear(16, 16)
+        self.words = nn.Linear(16, 40)
+        self.words.weight = self.tokens.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        bag = (self.tokens(input_ids) * attention_mask[..., None]).mean(1)
+        return self.words(torch.tanh(self.middle(bag)))[:, :2]
+
+
+class PlainNorm(nn.Module):
+    """BatchNorm without scale and shift, and one that averages its statistics over all steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.BatchNorm2d(6, affine=False)
+        self.inner = nn.Linear(6, 8)
+        self.steady = nn.BatchNorm1d(8, affine=False, momentum=None)
+        self.out = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.out(self.steady(self.inner(features)))
+
+
+OWN = {"lstm": Lstm, "vit": Vit, "tied": TiedBags, "plain-norm": PlainNorm, "bf16": Vit}
+IMAGES = ("resnet", "vit", "plain-norm", "bf16")
+
+
 def batch(name: str, rank: int, step: int, dtype: torch.dtype = torch.float32):
     draw = torch.Generator().manual_seed(1000 * rank + step)
     labels = torch.randint(0, 2, (6,), generator=draw)
-    if name == "resnet":
+    if name in IMAGES:
         return (torch.randn(6, 3, 8, 8, generator=draw) * (1 + rank) + rank).to(dtype), labels
     ids = torch.randint(1, 40, (6, 7), generator=draw)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -71,7 +140,7 @@ def mask_of(model: nn.Module) -> Mask:
 
 
 def step_of(name: str, model: nn.Module, masked, optimizer, rank: int, step: int) -> None:
-    dtype = masked.values.dtype
+    dtype = next(model.parameters()).dtype
     example_losses(model, batch(name, rank, step, dtype)).mean().backward()
     optimizer.step()
     masked.write_()

@@ -1,6 +1,6 @@
 """A distributed run of `fit`, as torchrun starts it; ends with files that say what this rank holds.
 
-python -m runs FOLDER COURSE [FAULT RANK STEP]        FAULT: kill, stop, hang, diverge; once in a folder
+python -m runs FOLDER COURSE [FAULT RANK STEP]        FAULT: kill, stop, hang, pause, diverge; once in a folder
 """
 
 import json
@@ -106,7 +106,10 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         if fault[0] == "hang":
             time.sleep(600)
-        model.fc.weight.data.fill_(float("nan"))
+        if fault[0] == "pause":
+            time.sleep(3)
+        if fault[0] == "diverge":
+            model.fc.weight.data.fill_(float("nan"))
 
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     torch.set_num_threads(1)

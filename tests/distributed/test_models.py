@@ -1,4 +1,4 @@
-"""Local SGD on BERT, a ResNet with BatchNorm and GPT-2 with tied weights equals what it should."""
+"""Local SGD on transformers, convolutions, an LSTM, with tied weights and in bf16, equals what it should."""
 
 import subprocess
 import sys
@@ -85,7 +85,7 @@ def test_real_processes_equal_the_simulation_and_each_other(folder, name):
     model = simulate(name, EVERY)
     same(got[0], dict(model.named_parameters()) | dict(model.named_buffers()), exactly=True)
     moved = [key for key, value in build(name).named_parameters() if not torch.equal(got[0][key], value)]
-    assert len(moved) > 5
+    assert 2 * len(moved) > len(dict(build(name).named_parameters()))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -123,6 +123,37 @@ def test_a_hung_worker_trips_the_timeout(tmp_path):
     assert not alive(tmp_path / "run")
 
 
+def test_a_stopped_worker_trips_the_timeout_too(tmp_path):
+    """SIGSTOP, as a machine that freezes: it hears no SIGTERM, and must not outlive the run either."""
+    process = start(tmp_path / "run", "plain", "stop", 1, 5)
+    struck(process, tmp_path / "run")
+    errors = ends(process)
+    assert process.returncode == 9
+    said = [
+        line for line in errors.splitlines() if "rank 0 of 2: the exchange with the other workers failed" in line
+    ]
+    assert len(said) == 1 and "run the same command again to go on from the last merge" in said[0]
+    assert "Traceback" not in errors
+    assert not alive(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_says_so_and_goes_on_to_the_same_end(whole, tmp_path, number):
+    process = start(tmp_path / "run", "everything", "pause", 1, 15)
+    struck(process, tmp_path / "run")
+    process.send_signal(number)
+    errors = ends(process)
+    assert process.returncode == 143
+    assert errors.splitlines()[-1].startswith("runs: stopped, and the workers with it; run the same command again")
+    assert "Traceback" not in errors
+    assert not alive(tmp_path / "run")
+    process = start(tmp_path / "run", "everything", "pause", 1, 15)
+    assert ends(process) == "" and process.returncode == 0
+    result = outcome(tmp_path / "run")
+    assert result[1][0]["resumed"] >= 14
+    same(result, whole["everything"])
+
+
 def test_workers_end_with_their_launcher(tmp_path):
     """Also one that is stopped, which no other signal would end."""
     process = start(tmp_path / "run", "plain", "stop", 1, 5)

@@ -11,6 +11,7 @@ from pipeline.reports.reading import load_results
 from pipeline.reports.reference import reference_rows, reference_table
 
 HOW = {"workers": 2, "every": 4, "average": "mean", "own_masks": False, "shard": True, "warmup": 1}
+HOW |= {"lr": None, "epochs": None}
 
 
 def share(
@@ -34,7 +35,7 @@ def share(
     }  # fmt: skip
     content = {
         "task": task, "method": method, "setting": setting, "metric": "accuracy", "lr": 0.1, "kind": kind,
-        "params": {f"distribute.{setting}": HOW | how}, "seeds": seeds,
+        "params": {f"distribute.{setting}": HOW | how, f"tasks.{task}.train": {"epochs": 5}}, "seeds": seeds,
         "data": {"rows": {"train": 1433, "validation": 364}, "reported": "validation", "source": "package:x"},
     }  # fmt: skip
     metrics.write("distribute", f"{task}-{method}-{setting}", content)
@@ -69,7 +70,9 @@ def test_the_tables_tell_scores_and_bytes(shares):
     assert (
         "n = 2 to 3 seeds" in notes and "95.0 on digits" in notes and "diverged and not counted: seed 1" in notes
     )
-    assert "the first 1 epoch train everything" in notes and "scored on 364 validation rows" in notes
+    assert "2 workers, each with a part of the data, 5 epochs, of which the first trains everything" in notes
+    assert "scored on 364 validation rows" in notes and "not searched for these workers" in notes
+    assert notes.count("all rows") == 1
     records = list(csv.DictReader(io.StringIO(share_table(results, "image").csv())))
     assert float(records[0]["sent_bytes"]) == 100_500 and float(records[0]["bytes_to_goal"]) == 50_000
     assert (
@@ -116,3 +119,28 @@ def test_the_logged_figures_are_those_of_the_first_implementation():
     assert len(texts(reference_table("2", ["rte"]))) == 10 and len(texts(reference_table("3"))) == 12
     fixed = [row for row in texts(reference_table("4")) if row[2] == "fixed" and row[4] == "10 %"]
     assert [(row[5], row[6]) for row in fixed] == [("0.4", "10.0"), ("0.04", "91.3")]
+
+
+def test_notes_tell_rows_of_another_course_or_rate_apart(metrics):
+    share(metrics, lr={"fish": 0.1}, epochs=2)
+    share(metrics, "random", workers=3, shard=False, warmup=0)
+    share(metrics, "dense", workers=1, warmup=2)
+    notes = share_table(load_results(metrics.folder), "image").notes
+    (course,) = [note for note in notes if note.startswith("digits: ")]
+    assert "fish 2 %, 4 steps: 2 workers, each with a part of the data, 2 epochs, of which the first" in course
+    assert "random 2 %, 4 steps: 3 workers, each with all of the data, 5 epochs;" in course
+    assert "1 worker with all of the data, 5 epochs, of which the first 2 train everything" in course
+    (rates,) = [note for note in notes if note.startswith("lr is")]
+    assert rates.endswith("which may favour a method: digits random 2 %, 4 steps.")
+
+
+def test_what_was_logged_says_whether_it_is_comparable(shares):
+    for number, tasks, fit in (
+        ("2", ["words"], "not "),
+        ("2", ["rte"], ""),
+        ("3", ["digits"], "not "),
+        ("4", [], "not "),
+    ):
+        table = reference_table(number, tasks)
+        assert f": {fit}comparable" in table.title
+        assert ("Not comparable" in table.notes[0]) == bool(fit)
