@@ -106,13 +106,13 @@ def steps_figure(results: Results) -> Figure | None:
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers between the least and the largest, the roundest that give three."""
+    """Round numbers between the least and the largest, the roundest that give two at least."""
     low, high = min(values), max(values)
     found: list[float] = []
     for digits in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8)):
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [d * 10.0**decade for decade in decades for d in digits if low <= d * 10.0**decade <= high]
-        if len(found) >= 3:
+        if len(found) >= 2:
             break
     return found or [low]
 
@@ -201,8 +201,8 @@ def _number(cells: Iterable[ShareCell]) -> str:
 def _notes(cells: Sequence[ShareCell], goals: dict[str, float | None]) -> list[str]:
     notes = [
         f"Mean ± sample standard deviation over {_number(cells)}, after the last merge. Workers are processes; "
-        "sent is what all of them handed to collectives for others, buffers, checks and masks included, mean over seeds; "
-        "values is the part of it that carries changes of parameters.",
+        "sent is what all of them handed to collectives for others, buffers, checks and masks included, mean over "
+        "seeds; values is the part of it that carries changes of parameters.",
         "Density is what one worker trains. Drift is how far the workers were apart at a merge, in units of the "
         "parameters: the Euclidean distance of a worker's change from their mean, root mean square over workers, "
         "averaged over merges.",
