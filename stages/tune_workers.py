@@ -18,7 +18,7 @@ import torch
 from pipeline.distributed.collectives import Collectives
 from pipeline.distributed.launch import is_worker, joined, launch
 from pipeline.errors import DivergedError, ParamsError
-from pipeline.params import Params
+from pipeline.params import Params, TaskParams
 from pipeline.runtime.workspace import Cell, Workspace
 from pipeline.runtime.yaml_files import edit_yaml
 from pipeline.tasks.base import Task
@@ -84,8 +84,9 @@ def tune(
                 show(name, f"{method} {setting}", planned[0].metric, tried, best_rate(tried))
         if world.rank == 0:
             task, sharing, recipe, _ = next(iter(plans.values()))
-            settings = params.at(f"tasks.{name}").model_copy(update={"density": sharing.density})
-            settings.train = settings.train.model_copy(update={"epochs": recipe.epochs})
+            own: TaskParams = params.at(f"tasks.{name}")
+            train = own.train.model_copy(update={"epochs": recipe.epochs})
+            settings = own.model_copy(update={"density": sharing.density, "train": train})
             record(workspace, name, f"distribute-{setting}", settings, task, found)
             _write(workspace, setting, wanted.lr or {}, found, write)
         world.largest("control", 0)  # all end together
