@@ -99,5 +99,5 @@ def unknown(name: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f" did you mean '{near[0]}'?" if near else ""
-    return f"'{name}';{hint} (known: {', '.join(names)})"
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"'{name}'{hint} (known: {', '.join(names)})"

@@ -85,13 +85,9 @@ def _renamed(delta: Delta, source: str, revision: str | None) -> Delta:
 
 
 def _write_delta(delta: Delta, asked: Asked, file: Path) -> int:
-    """Write the delta anew where what it says of itself changed; a thin one cannot be, and is copied."""
-    if delta is not asked.delta and delta.thin is None:
-        return delta.save(file)
+    """Write the delta anew where what it says of itself changed."""
     if delta is not asked.delta:
-        say(
-            f"{asked.file}: is thin, and goes on naming its base '{asked.delta.info.get('model')}' in its metadata"
-        )
+        return delta.save(file)
     data = asked.file.read_bytes()
     write_bytes(file, data)
     return len(data)

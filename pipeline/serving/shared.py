@@ -9,7 +9,7 @@ from torch import nn
 from pipeline.deltas.delta import Delta
 from pipeline.deltas.target import Layout, Target
 from pipeline.deltas.variants import Variants
-from pipeline.errors import MismatchError
+from pipeline.errors import MismatchError, ModelError
 from pipeline.parameters import unwrapped
 from pipeline.tasks.saved import load_model
 
@@ -81,7 +81,11 @@ def _fits(form: _Form, delta: Delta) -> bool:
 
 
 def _form(source: str, name: str, delta: Delta, device: torch.device) -> _Form:
-    model = load_model(source, info=delta.info).to(device)
+    try:
+        model = load_model(source, info=delta.info).to(device)
+    except ModelError as error:
+        why = str(error).removeprefix("model.source: ")
+        raise ModelError(f"base of delta '{name}': {why}; where it lies elsewhere, add --base MODEL") from None
     for key, parameter in unwrapped(model).named_parameters():
         dtype, _ = delta.layout.parameters.get(key, (parameter.dtype, ()))
         parameter.data = parameter.data.to(dtype)  # models are loaded in fp32; of a bf16 checkpoint that is exact

@@ -17,6 +17,7 @@ from pipeline.tasks.sources import ZOOS, hub_error, package_model, parse, prepar
 
 _KEY = "model.source"
 AUTO = {"text": "SequenceClassification", "image": "ImageClassification", "causal": "CausalLM"}
+_PURPOSES = {"text": "classifying texts", "image": "classifying images", "causal": "completing texts"}
 _LAYOUT = "a folder in the hub's layout (config.json, model.safetensors, tokenizer.json)"
 
 
@@ -65,6 +66,11 @@ def load_model(
 
         auto = f"AutoModelFor{AUTO[kind]}"
         config = transformers.AutoConfig.from_pretrained(path, revision=model.revision)
+        if not class_name(kind, str(config.model_type)):
+            raise ModelError(
+                f"{_KEY}: '{model.source}' is a model of type '{config.model_type}', which is not for "
+                f"{_PURPOSES[kind]}; expected one that is"
+            )
         if kind != "causal":
             config.num_labels = outputs
             config.problem_type = problem_type(bool(classes))
@@ -77,10 +83,26 @@ def load_model(
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     _check_loaded(model, network, report, outputs)
+    if kind == "causal" and _sees_ahead(network):
+        raise ModelError(
+            f"{_KEY}: '{model.source}' sees the tokens that it is to predict, as an encoder does; completions "
+            "need a causal language model, such as GPT-2 or Llama"
+        )
     if kind == "text" and network.config.pad_token_id is None:  # a decoder looks for the end of a text by it
         network.config.pad_token_id = int(load_tokenizer(model).pad_token_id)
     loaded: nn.Module = network
     return loaded.eval()
+
+
+@torch.no_grad()
+def _sees_ahead(network: Any) -> bool:
+    """Tell whether outputs depend on later tokens."""
+    network.eval()
+    seen = torch.ones(1, 3, dtype=torch.int64)
+    one, other = (
+        network(input_ids=torch.tensor([[0, 1, last]]), attention_mask=seen).logits[0, 0] for last in (0, 1)
+    )
+    return not torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
 def problem_type(classes: bool) -> str:

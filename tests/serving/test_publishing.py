@@ -133,7 +133,7 @@ def test_a_bare_delta_tells_what_it_knows(reviews, bert, tmp_path):
     assert Delta.load(tmp_path / "out" / "delta.safetensors").info["model"] == "owner/bert"
 
 
-def test_a_thin_delta_is_copied_and_said(reviews, bert, tmp_path, capsys):
+def test_a_thin_delta_is_renamed_and_stays_thin(reviews, bert, tmp_path):
     before = Delta.load(delta_file(reviews[0]))
     base, trained = (load_model(str(bert), info=before.info) for _ in range(2))
     with torch.no_grad():
@@ -144,8 +144,12 @@ def test_a_thin_delta_is_copied_and_said(reviews, bert, tmp_path, capsys):
     Delta.of(trained, everything, base=base_digest(base), info=before.info).save(thin, base=base)
     assert Delta.load(thin).thin is not None
     publish(thin, tmp_path / "out", base="owner/bert")
-    assert (tmp_path / "out" / "delta.safetensors").read_bytes() == thin.read_bytes()
-    assert "is thin, and goes on naming its base" in capsys.readouterr().err
+    published = Delta.load(tmp_path / "out" / "delta.safetensors")
+    assert published.thin is not None and published.info["model"] == "owner/bert"
+    assert published == Delta.load(thin)
+    assert str(bert).encode() not in (tmp_path / "out" / "delta.safetensors").read_bytes()
+    published.apply_(base)
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters(), strict=True))
 
 
 def test_what_publish_refuses_leaves_what_is_there(reviews, tmp_path):

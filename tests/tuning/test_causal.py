@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from pipeline.deltas.delta import Delta
+from pipeline.errors import ModelError
 from pipeline.losses import IGNORED, example_losses
 from pipeline.params import DataParams, ModelParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.fetch import fetch
+from pipeline.tasks.models import load_model
+from pipeline.tasks.saved import ModelSource
 from pipeline.tuning.loading import load_tuned
 from pipeline.tuning.plan import Asked
 from pipeline.tuning.tune import tune
@@ -92,6 +95,14 @@ def tokens_of(folder, ids):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder).decode(ids)
+
+
+def test_a_model_that_sees_ahead_is_refused(tmp_path, bert, decoder, reviews, name):
+    write(tmp_path / "d.jsonl", reviews, 20)
+    with pytest.raises(ModelError, match="--model: '.*bert' sees the tokens that it is to predict, as an encoder"):
+        tune(Asked(model=str(bert), train="d.jsonl", density=0.2), tmp_path / "out", track=False)
+    with pytest.raises(ModelError, match="of type '.*', which is not for classifying images"):
+        load_model(ModelSource(str(decoder(name))), kind="image", outputs=2, seed=0, classes=["a", "b"])
 
 
 def test_long_prompts_lose_their_start(decoder, name):
