@@ -72,7 +72,7 @@ def best_rate(tried: Mapping[float, Sequence[float]]) -> float:
     """Choose the rate of the highest mean among those with the most seeds; the lower one where two are equal."""
     longest = max(len(scores) for scores in tried.values())
     finalists = [rate for rate in sorted(tried) if len(tried[rate]) == longest]
-    return max(finalists, key=lambda rate: statistics.mean(tried[rate]))
+    return max(finalists, key=lambda rate: _mean(tried[rate]))
 
 
 def grid(rate: float, move: int) -> float:
@@ -88,7 +88,7 @@ def _best_half(tried: Scores) -> list[float]:
     """The better half of the last rung, rounded up, at least two where there are two."""
     rung = max(len(scores) for scores in tried.values())
     last = [rate for rate in sorted(tried) if len(tried[rate]) == rung]
-    ranked = sorted(last, key=lambda rate: -statistics.mean(tried[rate]))
+    ranked = sorted(last, key=lambda rate: -_mean(tried[rate]))
     return sorted(ranked[: max(min(2, len(last)), math.ceil(len(last) / 2))])
 
 
@@ -100,3 +100,8 @@ def _beyond(tried: Scores) -> float | None:
         if beyond not in tried and tried.get(behind) != tried[peak]:
             return beyond
     return None
+
+
+def _mean(scores: Sequence[float]) -> float:
+    """The mean without its last digits, so that 281 + 280 right answers are as good as 282 + 279."""
+    return round(statistics.mean(scores), 9)

@@ -48,6 +48,7 @@ def test_on_a_plateau_the_search_ends() -> None:
 def test_a_diverged_rate_is_never_the_best_and_a_tie_goes_to_the_lower() -> None:
     assert best_rate({1e-3: [0.8], 1e-2: [-math.inf]}) == 1e-3
     assert best_rate({2e-3: [0.8], 1e-3: [0.8]}) == 1e-3
+    assert best_rate({0.5: [282 / 287, 279 / 287], 0.2: [281 / 287, 280 / 287]}) == 0.2
 
 
 def test_the_grid_has_three_rates_a_decade() -> None:
