@@ -74,7 +74,11 @@ def prepared_plan(asked: Asked, folder: Path, out: Path, say: Callable[[str], No
     if choice.kind != "image":
         _tell_cut(data, choice, model, notes)
     outputs = len(found["classes"] or [0])
-    head = [] if choice.kind == "causal" else head_of(task.model, outputs, asked.density, notes)
+    head: list[str] = []
+    if choice.kind == "causal":
+        task.model(asked.seed)  # refuses what is no language model, before a run begins
+    else:
+        head = head_of(task.model, outputs, asked.density, notes)
     for sentence in notes:
         tell(sentence)
     threads = asked.threads or torch.get_num_threads()

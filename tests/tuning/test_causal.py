@@ -101,6 +101,7 @@ def test_a_model_that_sees_ahead_is_refused(tmp_path, bert, decoder, reviews, na
     write(tmp_path / "d.jsonl", reviews, 20)
     with pytest.raises(ModelError, match="--model: '.*bert' sees the tokens that it is to predict, as an encoder"):
         tune(Asked(model=str(bert), train="d.jsonl", density=0.2), tmp_path / "out", track=False)
+    assert not (tmp_path / ".out.tune").exists()
     with pytest.raises(ModelError, match="of type '.*', which is not for classifying images"):
         load_model(ModelSource(str(decoder(name))), kind="image", outputs=2, seed=0, classes=["a", "b"])
 
