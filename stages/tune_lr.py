@@ -62,7 +62,7 @@ def tune(
         setting: the density and examples to tune at, where they are not the task's own.
 
     Returns:
-        method -> the best rate: the highest mean score on ``tune``, the lower rate where two are equal.
+        method -> the best rate: by its score on ``tune`` and its neighbours', see ``halving.best_rate``.
     """
     settings, own = at_setting(params, name, setting), params.settings[setting].lr.get(name)
     use_threads(params.threads)

@@ -69,10 +69,26 @@ def rungs(start: float, reach: int, seeds: Sequence[int]) -> Generator[Runs, Seq
 
 
 def best_rate(tried: Mapping[float, Sequence[float]]) -> float:
-    """Choose the rate of the highest mean among those with the most seeds; the lower one where two are equal."""
-    longest = max(len(scores) for scores in tried.values())
-    finalists = [rate for rate in sorted(tried) if len(tried[rate]) == longest]
-    return max(finalists, key=lambda rate: _mean(tried[rate]))
+    """Choose the rate that the search stands for: the middle of a maximum rather than its edge.
+
+    Past the best rates scores fall off a cliff, and a reported run, of other seeds and more steps than those of
+    the search, may lie beyond it. So a rate is judged by its mean score and its two neighbours' on the grid,
+    weighted 2 : 1 : 1; a neighbour that was not tried, or diverged, counts as the lowest score there is.
+
+    Args:
+        tried: rate -> its scores, from a search.
+
+    Returns:
+        The best of the rates with the most seeds; the lower one where two are equal.
+    """
+    means = {rate: _mean(scores) for rate, scores in tried.items()}
+    lowest = min((mean for mean in means.values() if math.isfinite(mean)), default=0.0)
+
+    def judged(rate: float) -> float:
+        beside = [max(means.get(grid(rate, move), lowest), lowest) for move in (-1, 1)]
+        return round(2 * means[rate] + sum(beside), 9)
+
+    return max(_finalists(tried), key=judged)
 
 
 def grid(rate: float, move: int) -> float:
@@ -86,20 +102,25 @@ def grid(rate: float, move: int) -> float:
 
 def _best_half(tried: Scores) -> list[float]:
     """The better half of the last rung, rounded up, at least two where there are two."""
-    rung = max(len(scores) for scores in tried.values())
-    last = [rate for rate in sorted(tried) if len(tried[rate]) == rung]
+    last = _finalists(tried)
     ranked = sorted(last, key=lambda rate: -_mean(tried[rate]))
     return sorted(ranked[: max(min(2, len(last)), math.ceil(len(last) / 2))])
 
 
 def _beyond(tried: Scores) -> float | None:
     """The rate past the end at which the best stands; None where it stands inside, or on a plateau."""
-    peak = best_rate(tried)
+    peak = max(_finalists(tried), key=lambda rate: _mean(tried[rate]))
     for move in (1, -1):
         beyond, behind = grid(peak, move), grid(peak, -move)
         if beyond not in tried and tried.get(behind) != tried[peak]:
             return beyond
     return None
+
+
+def _finalists(tried: Mapping[float, Sequence[float]]) -> list[float]:
+    """The rates with the most seeds, ascending."""
+    longest = max(len(scores) for scores in tried.values())
+    return [rate for rate in sorted(tried) if len(tried[rate]) == longest]
 
 
 def _mean(scores: Sequence[float]) -> float:

@@ -1,6 +1,7 @@
 """dvc.yaml tells the truth: each stage's modules and params are exactly those it uses (CORRECTNESS 13)."""
 
 import json
+import math
 import re
 import sys
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from ruamel.yaml import YAML
 
 from pipeline.params import Params
 from pipeline.runtime.workspace import Cell, Workspace
+from pipeline.training.halving import best_rate
 from stages import aggregate
 from stages.runner import Stage
 
@@ -159,3 +161,21 @@ def test_no_pickle_and_no_torch_load_anywhere():
             text = file.read_text()
             assert "pickle" not in {m.split(".")[0] for m in imports(file)}, file
             assert not re.search(r"\btorch\.(load|save)\(", text), file
+
+
+@pytest.mark.parametrize(
+    "record", sorted((ROOT / "metrics" / "tune-lr").glob("*.json")), ids=lambda file: file.stem
+)
+def test_the_rates_in_force_are_those_that_the_recorded_searches_stand_for(record):
+    found = json.loads(record.read_text())
+    params, setting = Params.load(ROOT / "params.yaml"), found.get("setting", "main")
+    for method, log in found["methods"].items():
+        tried = {
+            float(rate): [-math.inf if x is None else x for x in scores] for rate, scores in log["tried"].items()
+        }
+        workers = setting.removeprefix("distribute-")
+        if workers != setting:
+            key = f"distribute.{workers}.lr.{method}"
+        else:
+            key = params.rate_key(found["task"], method, setting)
+        assert params.at(key) == log["best"] == best_rate(tried), f"{key}; {record}"

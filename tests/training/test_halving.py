@@ -51,5 +51,16 @@ def test_a_diverged_rate_is_never_the_best_and_a_tie_goes_to_the_lower() -> None
     assert best_rate({0.5: [282 / 287, 279 / 287], 0.2: [281 / 287, 280 / 287]}) == 0.2
 
 
+def test_the_middle_of_a_plateau_is_chosen_and_not_its_edge() -> None:
+    tried = {1e-3: [0.74, 0.75], 2e-3: [0.77, 0.72], 5e-3: [0.71, 0.80], 1e-2: [0.76, 0.43]}
+    assert best_rate(tried) == 2e-3  # 5e-3 has the highest mean, and its neighbour falls
+    alone = {2e-3: [0.9, 0.9], 5e-3: [0.89, 0.89], 1e-2: [0.5]}
+    assert best_rate(alone) == 2e-3  # 1e-3 was not tried, which is no advantage, but 5e-3 stands beside a fall
+    peak = {1e-3: [0.5, 0.5], 2e-3: [0.9, 0.9], 5e-3: [0.6, 0.6]}
+    assert best_rate(peak) == 2e-3
+    beside = {1e-3: [0.8], 2e-3: [0.81], 5e-3: [-math.inf]}
+    assert best_rate(beside) == 2e-3 and best_rate(beside | {2e-4: [0.3], 5e-4: [0.8]}) == 1e-3
+
+
 def test_the_grid_has_three_rates_a_decade() -> None:
     assert [grid(1e-3, move) for move in range(-2, 3)] == [2e-4, 5e-4, 1e-3, 2e-3, 5e-3]
