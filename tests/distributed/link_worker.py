@@ -79,7 +79,7 @@ def main() -> None:
     found = {}
     with joined(60.0) as world:
         resume = JointResume(folder / f"rank-{world.rank}.safetensors", "everything", every_s=0)
-        leave(folder, world, *train("everything", world, resume))
+        leave(folder, world, *train("everything", world, resume), dist.get_backend())
         for way in WAYS:
             dist.barrier()
             before = sent(interface)
