@@ -36,6 +36,7 @@ def repro(arguments: list[str]) -> None:
     Raises:
         FishmaskError: if DVC fails; its own message stands above.
     """
+    Params.load(Workspace.here().root / "params.yaml")  # DVC reads it raw: a mistake would end the first stage
     cells = planned([argument for argument in arguments if not argument.startswith("-")])
     costs = [_cost(name) for name in cells]
     with contextlib.ExitStack() as stack:
@@ -98,6 +99,7 @@ def planned(targets: Sequence[str] = ()) -> list[str]:
 
 def print_plan(as_json: bool) -> None:
     """Print what would run, and what each stage cost on this machine the last time."""
+    Params.load(Workspace.here().root / "params.yaml")
     rows = [(name, _cost(name)) for name in planned()]
     known = [cost for _, cost in rows if cost]
     total = sum(known)

@@ -140,9 +140,9 @@ def test_a_misspelt_key_in_params_yaml_names_its_line(project, fails):
     text = (project / "params.yaml").read_text().replace("    density: 0.05", "    densty: 0.05")
     (project / "params.yaml").write_text(text)
     row = next(i for i, line in enumerate(text.splitlines(), 1) if "densty" in line)
-    assert f"params.yaml:{row}: tasks.reviews.densty: unknown key 'densty'; did you mean 'density'?" in fails(
-        2, *train()
-    )
+    said = f"params.yaml:{row}: tasks.reviews.densty: unknown key 'densty'; did you mean 'density'?"
+    for command in (train(), ["plan"], ["repro"], ["demo"]):  # the latter before DVC touches an output
+        assert said in fails(2, *command)
 
 
 def replace(file, old, new, count=-1):
