@@ -111,11 +111,11 @@ class Bench:
 
     def run(
         self, row: Row, lr: float, epochs: int, seed: int, folder: Path | None
-    ) -> tuple[float, float, list[Mapping[str, int]]]:
+    ) -> tuple[float, list[Mapping[str, int]]]:
         """Train a row: on all of train with checkpoints in a folder, or (None) on four fifths, scored on the rest.
 
         Returns:
-            Accuracy after the last epoch, seconds of training, the bytes of each checkpoint.
+            Accuracy after the last epoch, the bytes of each checkpoint.
         """
         place, model = self.device, self.model(seed)
         rows = self.rest if folder is None else np.arange(self.sizes["train"])
@@ -156,7 +156,7 @@ class Bench:
                 model, batches, masked=masked, recipe=recipe, device=place, after_epoch=after,
                 channels_last=place.device.type == "cuda", evaluate=lambda m: self.accuracy(m, *judged),
             )  # fmt: skip
-        return result.history[-1]["accuracy"], result.seconds, numbers
+        return result.history[-1]["accuracy"], numbers
 
 
 def best_rate(bench: Bench, row: Row, rates: list[float], epochs: int) -> float:
@@ -183,16 +183,15 @@ def train_row(args: argparse.Namespace, text: str) -> list[str]:
     bench, row = _bench(args), Row.of(text)
     begun = time.monotonic()
     lr, tuned = best_rate(bench, row, args.rates, args.tune_epochs), time.monotonic()
-    scores, numbers, spent = [], list[Mapping[str, int]](), 0.0
+    scores, numbers = [], list[Mapping[str, int]]()
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as folder:
             try:
-                score, seconds, numbers = bench.run(row, lr, args.epochs, seed, Path(folder))
+                score, numbers = bench.run(row, lr, args.epochs, seed, Path(folder))
             except DivergedError as error:
                 print(f"{text}: {error}", flush=True)
                 continue
         scores.append(score)
-        spent += seconds
     told = "diverged" if not scores else f"{100 * np.mean(scores):.2f}"
     told += f" ± {100 * np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
     size = f"{np.mean([sum(n.values()) for n in numbers]) / 1e3:,.0f}" if scores else "–"

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.runtime.warm import SOCKET, warm_process
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
