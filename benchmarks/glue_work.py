@@ -9,8 +9,9 @@ from typing import Any
 
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
-from pipeline.params import ModelParams, Params
+from pipeline.params import Params
 from pipeline.runtime.workspace import Cell, Workspace, code_digest
+from pipeline.schema import ModelParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.forgetting import measure
 from pipeline.training.device import choose_device

@@ -50,6 +50,7 @@ def main() -> None:
         "--kept", type=Path, default=RESULTS / "slow-link.json", help="where measurements are kept"
     )
     parser.add_argument("--keep-rates", action="store_true", help="of the last measurement; no tuning")
+    parser.add_argument("--note", default="", help="what a reader must know of this measurement")
     parser.add_argument("--draw", action="store_true", help="draw the last measurement again")
     chosen: Any = parser.parse_args()
     kept = chosen.kept
@@ -68,6 +69,7 @@ def main() -> None:
             "setup": {k: v for k, v in asdict(setup).items() if k not in ("fetched", "interface")},
             "rows": rows_of_task(setup),
             "tuning": tuning,
+            "note": chosen.note,
             "runs": [run for run in before["runs"] if run["way"] not in chosen.ways],
         }
         with interruptible(), linked(chosen.mbit, chosen.delay_ms) as ends:
@@ -159,7 +161,7 @@ def report(document: dict[str, Any]) -> list[str]:
         "",
         f"{document['date']}. Two workers in two network namespaces, joined by a link of {link['mbit']:g} Mbit/s "
         f"and {link['delay_ms']:g} ms each way (tbf on veth, and a process that holds packets). "
-        f"{document['machine']}; the cores are shared with other work, which slows computing, not the link. "
+        f"{document['machine']}. "
         f"{setup['model'].partition(':')[2]}, 22.7 M parameters; `words`, {document['rows']['train']} training "
         f"rows, half for each worker, {setup['epochs']} epochs of batches of {setup['batch']}; scored on "
         f"{document['rows']['validation']} rows. {seeds} seeds; medians, the range in brackets. Local SGD merges "
@@ -171,9 +173,8 @@ def report(document: dict[str, Any]) -> list[str]:
         "feedback its first two steps send the whole gradient. Rates: "
         + ", ".join(f"{way} {found['best']:g}" for way, found in document["tuning"].items())
         + f", each the best of its search on a fifth of train. Target: {target:.0%}.",
-        *document.get("notes", []),
     ]
-    return lines
+    return [*lines, "", document["note"]] if document["note"] else lines
 
 
 if __name__ == "__main__":

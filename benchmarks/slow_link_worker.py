@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.distributed.local_sgd import LocalSGD
 from pipeline.losses import Batch, example_losses
-from pipeline.params import ModelParams
+from pipeline.schema import ModelParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.scoring import scores_for
 from pipeline.tasks.sharing import seed_of, shard_of

@@ -19,8 +19,8 @@ from dataclasses import replace
 from pipeline.distributed.collectives import Collectives
 from pipeline.distributed.launch import TIMEOUT, is_worker, joined, launch
 from pipeline.errors import ParamsError
-from pipeline.params import DistributeParams
 from pipeline.runtime.process import interruptible
+from pipeline.schema import DistributeParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.shared_run import FILES, sharing_of, train_shared
 from pipeline.tasks.sharing import Sharing, course_of

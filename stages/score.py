@@ -14,9 +14,9 @@ from torch import Tensor
 from pipeline.masks.ranking import Ranking
 from pipeline.masks.selection import selected
 from pipeline.parameters import base_digest
-from pipeline.params import ScoreParams
 from pipeline.runtime.progress import ProgressLine
 from pipeline.runtime.workspace import VERSION, ranking_file
+from pipeline.schema import ScoreParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.scoring import raw_scores
 from pipeline.training.device import Device, choose_device

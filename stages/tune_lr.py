@@ -22,9 +22,10 @@ from rich.table import Table
 from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
-from pipeline.params import Params, SettingParams, TaskParams
+from pipeline.params import Params
 from pipeline.runtime.workspace import Cell, Workspace
 from pipeline.runtime.yaml_files import edit_yaml
+from pipeline.schema import SettingParams, TaskParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.choosing import Learning, choose, trained_model
 from pipeline.tasks.fitting import fit_task

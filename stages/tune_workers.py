@@ -18,9 +18,10 @@ import torch
 from pipeline.distributed.collectives import Collectives
 from pipeline.distributed.launch import is_worker, joined, launch
 from pipeline.errors import DivergedError, ParamsError
-from pipeline.params import Params, TaskParams
+from pipeline.params import Params
 from pipeline.runtime.workspace import Cell, Workspace
 from pipeline.runtime.yaml_files import edit_yaml
+from pipeline.schema import TaskParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.sharing import Sharing, train_worker
 from pipeline.training.device import Device, choose_device

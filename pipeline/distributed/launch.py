@@ -67,8 +67,8 @@ def launch(workers: int, command: Sequence[str] | None = None, *, restarts: int 
         threads: CPU threads of all workers together; each gets its share, at least one.
 
     Raises:
-        WorkerError: if a worker failed more often than that: its exit code is the worker's own, whose message
-            stands on stderr; or says which signal killed it.
+        SystemExit: if a worker failed more often than that and said why in its own line; with its exit code.
+        WorkerError: if it was killed, or lost the others, or ended in a traceback; says which worker, and how.
         Interrupted: if this process was asked to stop; the workers have ended.
     """  # noqa: DOC502 - made by _failure
     from torch.distributed import run
@@ -86,7 +86,7 @@ def launch(workers: int, command: Sequence[str] | None = None, *, restarts: int 
         try:
             run.run(run.parse_args([*arguments, "-m", *(command or this_command())]))
         except ChildFailedError as error:
-            failed: WorkerError = _failure(error.failures)
+            failed: BaseException = _failure(error.failures)
             raise failed from None
         except (SignalException, KeyboardInterrupt):
             raise Interrupted(
@@ -182,17 +182,18 @@ def _one_node() -> bool:
     return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
 
 
-def _failure(failures: dict[int, Any]) -> WorkerError:
-    """Say which worker failed first, and of what."""
+def _failure(failures: dict[int, Any]) -> BaseException:
+    """Say which worker failed first, and of what, unless it said so itself."""
     # The others fail in its wake: by losing touch (our own code), or by torchrun's SIGTERM.
     rank, worst = min(failures.items(), key=lambda item: (item[1].exitcode in _IN_THE_WAKE, item[1].timestamp))
+    if 1 < worst.exitcode < WorkerError.code:  # bad input, in one line that stands above
+        return SystemExit(worst.exitcode)
     again = "; run the same command again to go on from the last merge"
     if worst.exitcode < 0:
         how = f"was killed by {signal.Signals(-worst.exitcode).name}"
         how += " (out of memory, perhaps)" if worst.exitcode == -signal.SIGKILL else ""
     else:
         how = f"failed with exit code {worst.exitcode}: its message stands above"
-        again = again if worst.exitcode in (1, WorkerError.code, Interrupted.code) else ""
     error = WorkerError(f"worker {rank} (process {worst.pid}) {how}; the others were ended{again}")
     error.code = worst.exitcode if worst.exitcode > 0 else WorkerError.code
     return error

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
-from pipeline.params import CheckpointParams, ScoreParams, TrainParams
+from pipeline.schema import CheckpointParams, ScoreParams, TrainParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.checkpointing import Checkpoints, Masks
 from pipeline.tasks.fitting import fit_task

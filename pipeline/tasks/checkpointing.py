@@ -20,7 +20,7 @@ from pipeline.deltas.steps import PARTS
 from pipeline.deltas.target import same_bits
 from pipeline.errors import ArtifactError
 from pipeline.masks.mask import Mask
-from pipeline.params import ScoreParams
+from pipeline.schema import ScoreParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.fitting import EVALUATION
 from pipeline.tasks.scoring import scores_for

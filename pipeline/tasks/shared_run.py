@@ -12,7 +12,7 @@ from pipeline.distributed.rounds import OnMerge
 from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.parameters import digest_of_digests, tensor_digest
-from pipeline.params import DistributeParams, ScoreParams
+from pipeline.schema import DistributeParams, ScoreParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.shared_probe import estimate
 from pipeline.tasks.sharing import Sharing, train_worker

@@ -38,7 +38,7 @@ class Sharing:
         method: of ``pipeline.training.methods``.
         density: updated / all parameters of one worker's mask.
         head: module names.
-        score: ``examples``, and ``how`` of ``pipeline.params.ScoreParams``.
+        score: ``examples``, and ``how`` of ``pipeline.schema.ScoreParams``.
         every, average, renew, own_masks, outer, dtype: see ``pipeline.distributed.rounds.Course``.
         warmup: epochs that train everything before the masks are chosen.
         shard: each worker has a part of the training data; else all of it, in an order of its own.

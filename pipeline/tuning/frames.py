@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.params import ModelParams
+from pipeline.schema import ModelParams
 from pipeline.tasks.models import located
 from pipeline.tasks.sources import ZOOS, parse
 from pipeline.tuning.pictures import Frame

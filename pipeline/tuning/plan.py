@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import ArtifactError, ParamsError
 from pipeline.files import write_json
-from pipeline.params import DataParams, ModelParams, ScoreParams, TaskParams, TrainParams
+from pipeline.schema import DataParams, ModelParams, ScoreParams, TaskParams, TrainParams
 from pipeline.tuning.columns import Choice
 
 PLAN = "plan.json"

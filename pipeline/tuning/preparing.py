@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import ParamsError
-from pipeline.params import ModelParams
+from pipeline.schema import ModelParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.custom import Own, read_own
 from pipeline.tasks.fetch import fetch

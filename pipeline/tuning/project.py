@@ -12,20 +12,20 @@ from ruamel.yaml import YAML
 from pipeline import profiles
 from pipeline.errors import DataError, ParamsError
 from pipeline.files import write_bytes
-from pipeline.params import (
+from pipeline.params import Params
+from pipeline.runtime.atomic_folder import replace_folder
+from pipeline.runtime.workspace import Workspace
+from pipeline.schema import (
     DataParams,
     GridParams,
     MethodParams,
     ModelParams,
-    Params,
     ScoreParams,
     SettingParams,
     SweepGrid,
     TaskParams,
     TrainParams,
 )
-from pipeline.runtime.atomic_folder import replace_folder
-from pipeline.runtime.workspace import Workspace
 from pipeline.tasks.custom import read_own
 from pipeline.tasks.fetch import fetch
 from pipeline.tasks.sources import relocated

@@ -20,7 +20,7 @@ from pipeline.distributed.joint_resume import JointResume
 from pipeline.distributed.launch import is_worker, joined, launch
 from pipeline.distributed.own_masks import interleaved, random_scores
 from pipeline.distributed.rounds import Course, Rounds
-from pipeline.errors import DivergedError, FishmaskError
+from pipeline.errors import DataError, DivergedError, FishmaskError
 from pipeline.masks import select
 from pipeline.masks.mask import Mask
 from pipeline.parameters import ParameterIndex
@@ -97,6 +97,8 @@ def main() -> None:
     marker = folder / "fault"
 
     def strike(step: int, model: torch.nn.Module) -> None:
+        if fault[:1] == ["complain"] and step == int(fault[2]):
+            raise DataError("data.csv: row 3 has no label; give it one")
         if not fault or (rank, step) != (int(fault[1]), int(fault[2])) or marker.exists():
             return
         marker.touch()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.distributed.collectives import Collectives
 from pipeline.distributed.rounds import Course
-from pipeline.errors import ParamsError
+from pipeline.errors import DataError, ParamsError
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -110,6 +110,12 @@ def test_torchrun_restarts_from_the_last_merge(whole, tmp_path):
     result = outcome(tmp_path / "run")
     assert result[1][0]["resumed"] == 14
     same(result, whole["everything"])
+
+
+def test_bad_input_is_one_line_and_its_exit_code(tmp_path):
+    process = start(tmp_path / "run", "plain", "complain", 0, 5)
+    assert ends(process) == "runs: data.csv: row 3 has no label; give it one\n"
+    assert process.returncode == DataError.code
 
 
 def test_a_hung_worker_trips_the_timeout(tmp_path):

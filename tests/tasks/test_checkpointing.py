@@ -9,7 +9,7 @@ import torch
 
 from pipeline.deltas.chain import Chain
 from pipeline.errors import ArtifactError, StorageError
-from pipeline.params import ScoreParams
+from pipeline.schema import ScoreParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.checkpointing import Checkpoints, Masks
 from pipeline.tasks.fetch import fetch

@@ -7,7 +7,7 @@ from pipeline.errors import ParamsError
 from pipeline.fisher import fisher_diagonal
 from pipeline.masks.ranking import Ranking
 from pipeline.masks.selection import selected
-from pipeline.params import ScoreParams
+from pipeline.schema import ScoreParams
 from pipeline.tasks.scoring import _NEXT_HEAD, raw_scores, scores_for
 from pipeline.training.methods import mask_for
 

@@ -8,7 +8,7 @@ import torch
 from pipeline.deltas.delta import Delta
 from pipeline.errors import ModelError
 from pipeline.losses import IGNORED, example_losses
-from pipeline.params import DataParams, ModelParams
+from pipeline.schema import DataParams, ModelParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.fetch import fetch
 from pipeline.tasks.models import load_model

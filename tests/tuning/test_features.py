@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from pipeline.params import DataParams, ModelParams
+from pipeline.schema import DataParams, ModelParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.fetch import fetch
 from pipeline.tasks.fitting import fit_task

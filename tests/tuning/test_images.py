@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.errors import DataError, ModelError
-from pipeline.params import ModelParams
+from pipeline.schema import ModelParams
 from pipeline.tasks.custom import read_own
 from pipeline.tuning.frames import frame_of
 from pipeline.tuning.loading import load_tuned
