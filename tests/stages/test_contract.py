@@ -76,7 +76,7 @@ class Stop(Exception):
     """The stage has read what it reads, and would begin its work."""
 
 
-@pytest.mark.parametrize("profile", ["demo", "cifar"])
+@pytest.mark.parametrize("profile", ["demo", "cifar", "local-sgd"])
 @pytest.mark.parametrize("name", [name for name in STAGES if name.partition("-")[0] in EXPERIMENTS])
 def test_an_experiment_reads_the_params_that_are_declared(name, profile, tmp_path, monkeypatch):
     """Every cell of a profile's grid, up to the point where the work begins."""
