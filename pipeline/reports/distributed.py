@@ -149,7 +149,7 @@ def _label(cell: ShareCell, *, steps: bool = True) -> str:
     parts = [cell.method + (f" {percent(cell.density)}" if cell.method != "dense" else "")]
     parts += ["own masks"] if cell.mask == "own" else []
     parts += [cell.merge] if cell.merge != "mean" else []
-    return ", ".join(parts + ([f"{cell.every} steps"] if steps and cell.every else []))
+    return ", ".join(parts + ([f"{cell.every} steps"] if steps and cell.every and cell.workers > 1 else []))
 
 
 def _course(cell: ShareCell) -> str:
@@ -218,7 +218,8 @@ def _notes(cells: Sequence[ShareCell], goals: dict[str, float | None]) -> list[s
         alike: dict[str, list[str]] = {}
         for cell in (own := [cell for cell in cells if cell.task == task]):
             alike.setdefault(_course(cell), []).append(_label(cell))
-        courses = [(f"{', '.join(who)}: " if len(alike) > 1 else "") + how for how, who in alike.items()]
+        usual = max(alike, key=lambda how: len(alike[how]))
+        courses = [usual, *(f"{', '.join(who)}: {how}" for how, who in alike.items() if how != usual)]
         notes.append(f"{task}: {metric_title(own[0].metric)}; {'; '.join(courses)}; {data_text(own[0])}.")
     foreign = [f"{cell.task} {_label(cell)}" for cell in cells if not cell.own_rate and cell.workers > 1]
     if foreign:
