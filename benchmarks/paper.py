@@ -109,7 +109,7 @@ def main() -> None:
             lambda: fit(model, lambda _: steps, masked=masked, recipe=recipe, autocast=autocast),
         )
         trained = masked.values.numel()
-    text = header("The paper's model, BERT-large from its config", device)
+    text = header("The paper's model, BERT-large from its config", device, "One run.")
     text += [f"{total:,} parameters, {trained:,} of them trained; batch {size}, length {length}.", ""]
     memory = "device" if device == "cuda" else "process"
     publish(f"paper-{device}.md", text + table(["what", "seconds", f"peak {memory} memory so far, GiB"], rows))

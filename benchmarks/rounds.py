@@ -64,7 +64,10 @@ def share(parts: list[list[float]], whole: list[float]) -> str:
     return spread([100 * sum(some) / all_ for *some, all_ in zip(*parts, whole, strict=True)], 0) + " %"
 
 
-def header(title: str, device: str) -> list[str]:
+ROUNDS = "Medians over interleaved rounds, the range in brackets; a ratio is taken within each round."
+
+
+def header(title: str, device: str, how: str = ROUNDS) -> list[str]:
     """Say where, when, with what and how the numbers came about."""
     name = torch.cuda.get_device_name() if device == "cuda" else (platform.processor() or platform.machine())
     return [
@@ -73,8 +76,7 @@ def header(title: str, device: str) -> list[str]:
         f"`python -m {command()}`",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {device} ({name}), {torch.get_num_threads()} CPU threads, "
-        f"torch {torch.__version__}, Python {platform.python_version()}. Medians over interleaved rounds, the "
-        "range in brackets; a ratio is taken within each round.",
+        f"torch {torch.__version__}, Python {platform.python_version()}. {how}",
         "",
     ]
 

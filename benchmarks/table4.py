@@ -238,13 +238,10 @@ def main() -> None:
                 continue
             line = future.result()
             lines[line[0]] = line
-            told = [
-                *header(title, args.device),
-                "Test accuracy after the last epoch; each epoch's checkpoint restored exactly. "
-                f"{args.jobs} rows at once.",
-            ]
+            how = "Test accuracy after the last epoch; each epoch's checkpoint restored exactly. "
+            told = header(title, args.device, f"{how}{args.jobs} rows at once.")
             there = [lines[text] for text in args.rows if text in lines]
-            publish(f"table4-{args.device}.md", [*told, "", *table(columns, there)])
+            publish(f"table4-{args.device}.md", [*told, *table(columns, there)])
 
 
 if __name__ == "__main__":
