@@ -38,7 +38,7 @@ class ModelParams(Section):
 
 Kind = Literal["label", "expect"]
 Power = Literal["square", "absolute"]
-Selection = Literal["global", "per-layer", "per-tensor", "layer-mean", "tensor-mean", "tensor-root"]
+Selection = Literal["global", "per-layer", "per-tensor", "layer-mean", "tensor-mean", "tensor-root", "sampled"]
 
 
 class ScoreVariant(Section):

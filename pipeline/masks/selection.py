@@ -1,13 +1,14 @@
 """Selections: how scores of different layers are made comparable before the largest are chosen.
 
-Each is a transform of the scores that keeps the order within a group of tensors, so that one ranking of the
-transformed scores still gives the mask of every density, nested and exactly k::
+Each is a transform of the scores, most of them one that keeps the order within a group of tensors, so that one
+ranking of the transformed scores still gives the mask of every density, nested and exactly k::
 
     mask = Mask.top_k(selected(scores, "per-layer", exclude=["bert.pooler"]), density=0.005, always=["classifier"])
 
 ``global`` is the paper's: scores as they are.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -97,6 +98,25 @@ def normalised(scores: Mapping[str, Tensor], group: Group, power: float) -> dict
     return out
 
 
+def sampled(scores: Mapping[str, Tensor], power: float) -> dict[str, Tensor]:
+    """Draw coordinates with odds s^power: s -> s^power / e, e ~ Exp(1) of each coordinate's own.
+
+    The largest k of these are k draws without replacement (Efraimidis and Spirakis, "Weighted random sampling with
+    a reservoir", 2006). Power 0 is a random mask of what has information at all; the larger the power, the nearer
+    to the largest scores. Between them lies what neither has: informed, and spread over rows, columns and layers.
+    A tensor's draw follows from its name.
+
+    Returns:
+        name -> fp32 scores; zeros stay zeros.
+    """
+    out: dict[str, Tensor] = {}
+    for name, score in scores.items():
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest())
+        e = torch.empty(score.shape).exponential_(generator=torch.Generator().manual_seed(seed))
+        out[name] = (score.detach() ** power).float() / e.to(score.device)
+    return out
+
+
 def _grouped(scores: Mapping[str, Tensor], group: Group) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in scores:
@@ -111,4 +131,5 @@ SELECTIONS: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
     "layer-mean": lambda scores: normalised(scores, layer_of, 1.0),
     "tensor-mean": lambda scores: normalised(scores, str, 1.0),
     "tensor-root": lambda scores: normalised(scores, str, 0.5),
+    "sampled": lambda scores: sampled(scores, 0.25),
 }
