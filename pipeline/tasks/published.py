@@ -46,14 +46,21 @@ class Published:
         }
 
 
-def lookup(source: Source) -> Published | None:
-    """What is known of a hub data set.
+def lookup(source: Source, task: str = "") -> Published | None:
+    """What is known of a data set.
+
+    Args:
+        source: where it comes from.
+        task: what it is called. A folder of a task that is called after a CIFAR is one: its images are augmented
+            as the hub's are, wherever they lie.
 
     Returns:
-        None, unless it is one of GLUE's or a CIFAR.
+        None, unless it is one of GLUE's from the hub, or a CIFAR.
     """
     from pipeline.tasks import cifar, glue
 
     name = f"{source.name}:{source.config}" if source.config else source.name
     known = {task.source: task for task in [*glue.TASKS.values(), *cifar.TASKS.values()]}
+    if source.kind == "folder":
+        return cifar.TASKS.get(task)
     return known.get(name) if source.kind == "hub" else None

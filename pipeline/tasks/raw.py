@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.errors import DataError, FishmaskError
-from pipeline.tasks import demo
+from pipeline.tasks import cifar, demo
 from pipeline.tasks.folders import SPLITS, SplitFiles, find_splits
 from pipeline.tasks.published import Published, lookup
+from pipeline.tasks.python_batches import LAYOUTS, SHAPE, find_layout, read_layout
 from pipeline.tasks.settings import DataSettings
 from pipeline.tasks.sources import ZOOS, Source, data_folder, hub_error, parse, prepare_hub
 from pipeline.tasks.tables import read_table
@@ -95,7 +96,7 @@ def read_raw(task: str, data: DataSettings, files: Mapping[str, Path | str] | No
     """
     text = tuple(data.text or ())
     source = parse(data.source)
-    known = lookup(source)
+    known = lookup(source, task)
     licence = known.licence if known else "not stated; see its source"
     if files:
         found = {split: SplitFiles((Path(path),), "") for split, path in files.items() if split in SPLITS}
@@ -110,10 +111,20 @@ def read_raw(task: str, data: DataSettings, files: Mapping[str, Path | str] | No
         )
     folder = data_folder(task, source)
     if folder is None:
-        splits = read_hub(task, source, data.revision)
-    else:
-        splits = _read_files(find_splits(folder), text, known)
-    return RawData(splits, data.revision, licence, known)
+        return RawData(read_hub(task, source, data.revision), data.revision, licence, known)
+    if (layout := find_layout(folder)) is not None:
+        return _read_python_version(layout, data.revision)
+    return RawData(_read_files(find_splits(folder), text, known), data.revision, licence, known)
+
+
+def _read_python_version(folder: Path, revision: str | None) -> RawData:
+    """Read CIFAR as torchvision lays it out; the layout itself says which data set it is."""
+    known = cifar.TASKS[LAYOUTS[folder.name][0]]
+    splits = {
+        split: RawSplit(table, f"{folder} {split}", _remark("", table.num_rows, split, known))
+        for split, table in read_layout(folder).items()
+    }
+    return RawData(splits, revision, known.licence, known, shape=SHAPE)
 
 
 def _read_package(task: str, source: Source) -> RawData:
