@@ -10,6 +10,7 @@ moment and run again, it ends with the same bytes: run and chain are continued f
 import json
 import shutil
 
+from pipeline.runtime.atomic_folder import copy
 from pipeline.tasks.base import Task
 from pipeline.tasks.chain_run import ChainPlan, train_chain
 from pipeline.training.device import choose_device
@@ -46,7 +47,7 @@ def run(stage: Stage) -> None:
                 stage.time(**{f"seed-{seed}": spent})
             result = json.loads((folder / "result.json").read_text())
             if result["metric"] is not None:
-                shutil.copytree(folder / "chain", stage.folder(seed), dirs_exist_ok=True)
+                copy(folder / "chain", stage.folder(seed))
                 scores.append(result["metric"])
             stage.record(seed, **result)
         stage.log_scores(run, metric, scores)

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pipeline.distributed.collectives import Collectives
 from pipeline.distributed.launch import TIMEOUT, is_worker, joined, launch
 from pipeline.errors import ParamsError
+from pipeline.runtime.atomic_folder import copy
 from pipeline.runtime.process import interruptible
 from pipeline.schema import DistributeParams
 from pipeline.tasks.base import Task
@@ -110,7 +111,7 @@ def _work(
             if first:
                 result = json.loads((folder / "result.json").read_text())
                 for name in FILES if result["metric"] is not None else ():
-                    shutil.copyfile(folder / name, stage.folder(seed) / name)
+                    copy(folder / name, stage.folder(seed) / name)
                 stage.record(seed, **result)
                 scores += [result["metric"]] if result["metric"] is not None else []
         if run:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import FishmaskError, ParamsError, StorageError
 from pipeline.files import write_json
 from pipeline.params import Params
-from pipeline.runtime.atomic_folder import put_in_place
+from pipeline.runtime.atomic_folder import make, put_in_place
 from pipeline.runtime.process import alone, end_with_parent, interruptible
 from pipeline.runtime.workspace import VERSION, Cell, Workspace, code_digest
 from pipeline.tracking import Run, Tracker
@@ -77,9 +77,7 @@ class Stage:
 
     def folder(self, seed: int) -> Path:
         """Make the folder of one seed's outputs."""
-        folder = self.work / f"seed-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return make(self.work / f"seed-{seed}")
 
     def input(self, stage: str, *by: str) -> Path:
         """The outputs of an earlier stage for this cell's task, and its ``method`` and ``setting`` where named."""
@@ -215,7 +213,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _write(file: Path, document: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make(file.parent)
     write_json(file, document)
 
 

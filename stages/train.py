@@ -19,6 +19,7 @@ from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
 from pipeline.parameters import base_digest
+from pipeline.runtime.atomic_folder import copy
 from pipeline.runtime.workspace import code_digest
 from pipeline.tasks.adapters import FOLDER as ADAPTER
 from pipeline.tasks.adapters import save_adapter
@@ -61,10 +62,8 @@ def run(stage: Stage) -> None:
                     _train(stage, task, masks[seed], recipe, device, folders[seed], child)
             result = json.loads((folders[seed] / "result.json").read_text())
             for made in (DELTA, ADAPTER):
-                if (folders[seed] / made).is_dir():
-                    shutil.copytree(folders[seed] / made, stage.folder(seed) / made, dirs_exist_ok=True)
-                elif (folders[seed] / made).is_file():
-                    shutil.copyfile(folders[seed] / made, stage.folder(seed) / made)
+                if (folders[seed] / made).exists():
+                    copy(folders[seed] / made, stage.folder(seed) / made)
             stage.record(seed, mask_bytes=files[seed].stat().st_size, mask_digest=masks[seed].digest, **result)
             if result["metric"] is not None:
                 scores.append(result["metric"])

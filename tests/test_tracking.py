@@ -277,6 +277,23 @@ def test_a_store_that_breaks_midway_is_given_up_after_three_failures(project, ca
     assert capfd.readouterr().err.count("\n") == 1
 
 
+def test_a_database_that_breaks_midway_prints_no_traceback_of_mlflows(project, capfd, caplog):
+    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.orm import Session
+
+    def full(*_, **__):
+        raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+
+    with opened() as run, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Session, "commit", full)
+        for step in range(4):
+            run.log({"loss": 1.0}, step)
+            run._flush()
+    errors = capfd.readouterr().err
+    assert not caplog.records
+    assert errors.count("\n") == 1 and "disk is full" in errors and "goes on without it" in errors
+
+
 def test_a_passing_failure_loses_no_point(project, capfd):
     with opened() as run:
         write, failures = run._store.client.log_batch, [OSError("database is locked")] * 2

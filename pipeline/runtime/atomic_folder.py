@@ -43,6 +43,39 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         raise StorageError(f"{folder}: {reason(error)}") from None
 
 
+def make(folder: Path) -> Path:
+    """Make a folder, and those around it, where it is missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StorageError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: {reason(error)}") from None
+    return folder
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder into a place that is not yet the final one.
+
+    Raises:
+        StorageError: if that fails; what was copied of a folder stays.
+    """
+    try:
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, target)
+    except shutil.Error as error:  # of a folder: a list of (source, target, why)
+        raise StorageError(f"{target}: cannot be written: {error.args[0][0][2]}; free some space") from None
+    except OSError as error:
+        raise StorageError(f"{target}: {reason(error)}") from None
+
+
 def put_in_place(made: Path, folder: Path) -> None:
     """Make a finished folder durable and give it its name, at once; an old folder of that name is removed.
 

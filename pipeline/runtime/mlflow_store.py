@@ -7,6 +7,7 @@ functions (it takes seconds).
 import contextlib
 import fcntl
 import gc
+import logging
 import os
 import re
 import signal
@@ -171,6 +172,8 @@ def open_client(uri: str) -> Any:
             warnings.simplefilter("ignore")  # of MLflow's imports, not of this project
             from mlflow.tracking.client import MlflowClient
 
+            # It prints a traceback of what it raises all the same, and what it raises is told in one line.
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
             return MlflowClient(tracking_uri=uri)
     finally:
         if collecting:

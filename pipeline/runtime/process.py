@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline.errors import BusyError, Interrupted, StorageError
+from pipeline.runtime.atomic import reason
 
 _PR_SET_PDEATHSIG = 1
 _PARENT_CHECK_SECONDS = 0.5
@@ -32,7 +33,7 @@ def alone(lock: Path, what: str) -> Iterator[None]:
 
     Raises:
         BusyError: if another live process holds it; names that process.
-        StorageError: if the lock file cannot be made.
+        StorageError: if the lock file cannot be made or written.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -47,8 +48,11 @@ def alone(lock: Path, what: str) -> Iterator[None]:
             raise BusyError(
                 f"{what}: process {owner} is working on it; wait for it, or end it and run again"
             ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            raise StorageError(f"{lock}: {reason(error)}") from None
         yield
     finally:
         os.close(handle)

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.errors import DivergedError
 from pipeline.files import write_json
 from pipeline.masks.mask import Mask
+from pipeline.runtime.atomic_folder import make
 from pipeline.schema import CheckpointParams, ScoreParams, TrainParams
 from pipeline.tasks.base import Task
 from pipeline.tasks.checkpointing import Checkpoints, Masks
@@ -104,7 +105,7 @@ def train_chain(
     model, file = task.model(seed).to(device.device), folder / "mask.safetensors"
     masks = Masks(task, plan.method, plan.density, plan.head, plan.score, seed, device)
     recipe = Recipe(seed=seed, **plan.recipe)
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     mask = Mask.load(file) if file.is_file() else masks.choose(model, 0)
     mask.save(file)
     if to_go:

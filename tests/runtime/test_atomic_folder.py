@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import StorageError
 from pipeline.runtime import atomic_folder
 from pipeline.runtime.atomic import replace_file
-from pipeline.runtime.atomic_folder import replace_folder
+from pipeline.runtime.atomic_folder import copy, make, replace_folder
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -121,3 +121,23 @@ def test_killed_it_is_the_old_one_or_the_new_one(old, moment, after):
     with replace_folder(old) as folder:  # what a killed one left behind is in nobody's way
         fill(folder)
     assert content(old) == NEW
+
+
+def test_copies_and_folders_that_cannot_be_made_are_one_line(old, tmp_path, monkeypatch):
+    copy(old, tmp_path / "other")
+    copy(old / "a", tmp_path / "other" / "again")
+    assert content(tmp_path / "other") == {"a": b"old", "again": b"old"}
+    assert make(tmp_path / "x" / "y") == make(tmp_path / "x" / "y") and (tmp_path / "x" / "y").is_dir()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    monkeypatch.setattr("shutil.copy2", full)
+    monkeypatch.setattr("os.mkdir", lambda path, *rest: full() if path == tmp_path / "z" else None)
+    for work in (
+        lambda: copy(old, tmp_path / "other"), lambda: copy(old / "a", tmp_path / "b"),
+        lambda: make(tmp_path / "z"),
+    ):  # fmt: skip
+        with pytest.raises(StorageError, match="cannot be written: .*No space left on device.*; free some space"):
+            work()

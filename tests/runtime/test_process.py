@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BusyError, Interrupted
+from pipeline.errors import BusyError, Interrupted, StorageError
 from pipeline.runtime.process import alone, interruptible
 
 
@@ -89,3 +89,15 @@ def alive(pid):
             if (int(entry) == pid or int(fields[1]) == pid) and fields[0] != "Z":
                 return True
     return False
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(StorageError, match="a.lock: cannot be written: No space left"):
+            alone(tmp_path / "a.lock", "train words").__enter__()
+    with alone(tmp_path / "a.lock", "train words"):  # and it was let go
+        pass
