@@ -101,7 +101,8 @@ class Stage:
             lock = lock.with_stem(
                 f"{lock.stem}-{hashlib.blake2b(str(self.out).encode(), digest_size=6).hexdigest()}"
             )
-        with interruptible(), alone(lock, f"{cell.stage} {cell.name}"):
+        with interruptible(), alone(lock, f"{cell.stage} {cell.name}"), contextlib.ExitStack() as clean:
+            clean.callback(shutil.rmtree, self.work, ignore_errors=True)  # what is unfinished lies in .resume/
             _make_empty(self.work)
             started = time.monotonic()
             tracker = Tracker.open(experiment(self._params.profile), enabled=self._track)
@@ -160,7 +161,6 @@ class Stage:
     def _finish(self, seconds: float, peak: float) -> None:
         for made in [*self.work.iterdir()] if self._partial else [self.work]:
             put_in_place(made, self.out / made.name if self._partial else self.out)
-        shutil.rmtree(self.work, ignore_errors=True)
         cell = self.cell
         identity = {k: v for k, v in vars(cell).items() if v}
         document = identity | {"params": self.settings} | self._record

@@ -8,7 +8,7 @@ import typer
 Task = Annotated[str, typer.Option("--task", "-t", help="A task of params.yaml.")]
 Method = Annotated[str, typer.Option("--method", "-m", help="A method of params.yaml.")]
 Setting = Annotated[str, typer.Option("--setting", help="A setting of params.yaml.")]
-Seed = Annotated[list[int] | None, typer.Option("--seed", help="Only this seed; repeat for several. [all]")]
+Seed = Annotated[list[int] | None, typer.Option("--seed", min=0, help="Only this seed; repeat for several. [all]")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write here instead of the pipeline's artifacts.")]
 Sets = Annotated[
     list[str] | None,

@@ -59,6 +59,7 @@ class Task:
         self._splits: dict[str, TextSplit | ImageSplit] = {}
         self._groups: Rows | None = None
         self._parts: dict[str, Rows] = {}
+        self._tried = False  # whether an image went through the network
 
     @classmethod
     def load(cls, folder: Path | str, model: ModelSettings, metric: str) -> "Task":
@@ -156,6 +157,7 @@ class Task:
     def _check_fit(self, model: nn.Module) -> None:
         config: Any = getattr(model, "config", None)
         if config is None:
+            self._check_takes_images(model)
             return
         if self.kind != "image":
             split = self._split("train")
@@ -181,6 +183,21 @@ class Task:
         )
         if wanted != shape:
             raise ModelError(f"model.source: '{self.model_source}' takes images {wanted}; the data's are {shape}")
+
+    def _check_takes_images(self, model: nn.Module) -> None:
+        """Show a network that says nothing of its sizes one black image, once."""
+        if self.kind != "image" or self._tried:
+            return
+        shape = self.manifest["image"]["shape"]
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, *shape))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"model.source: '{self.model_source}' does not take the data's images {shape}: {why}"
+            ) from None
+        self._tried = True
 
     def rows(self, split: str) -> Rows:
         """The rows of a split: of its own file, or of train for ``fit`` and ``tune``.

@@ -62,7 +62,12 @@ class ViT(nn.Module):
 
         Returns:
             Logits [B, classes].
+
+        Raises:
+            ValueError: if patches do not fill the images.
         """
+        if any(side % patch for side, patch in zip(x_BCHW.shape[2:], self.stem.kernel_size, strict=True)):
+            raise ValueError(f"sides of {list(x_BCHW.shape[2:])} pixels; expected multiples of the patch's")
         x_BDHW = self.stem(x_BCHW)
         x_BTD = x_BDHW.flatten(2).transpose(1, 2) + _positions(x_BDHW)
         logits: Tensor = self.fc(self.norm(self.layers(x_BTD)).mean(dim=1))

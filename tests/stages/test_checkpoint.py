@@ -110,3 +110,12 @@ def test_names_of_the_grid_must_be_defined(project):
     file.write_text(file.read_text().replace("settings: [fixed, often]", "settings: [fixed, oftn]"))
     with pytest.raises(ParamsError, match=r"grid.checkpoint.settings: unknown 'oftn'; did you mean 'often'\?"):
         Params.load(file)
+
+
+def test_what_fails_leaves_nothing_beside_the_outputs(project):
+    file = project.root / "params.yaml"
+    file.write_text(file.read_text().replace("often: {density: 0.1,", "often: {density: 0.0001,"))
+    with pytest.raises(ParamsError, match="larger than the budget"):
+        checkpoint.run(stage(project, "fish", "often"))
+    assert not list((project.root / "artifacts" / "checkpoint").iterdir())
+    assert not (project.root / "metrics" / "checkpoint").exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, ModelError
 from pipeline.tasks.base import Task
 from pipeline.tasks.cifar import augment
 from pipeline.tasks.decode import decode as decode_rows
@@ -157,3 +157,25 @@ def test_training_images_are_augmented_and_others_are_not(cifar):
     assert not torch.equal(first, plain[torch.from_numpy(epochs[0].rows)])
     drawn = cifar.examples(20, 20, seed=0)
     assert torch.equal(drawn[0][0], plain[torch.from_numpy(drawn.rows)])
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "why"),
+    [
+        ("builtin:resnet9", 4, "Output size is too small"),
+        ("builtin:vit", 3, r"sides of \[3, 3\] pixels; expected multiples of the patch's"),
+        ("builtin:vit", 30, r"sides of \[30, 30\] pixels"),
+    ],
+)
+def test_images_of_a_size_that_the_network_does_not_take_are_one_line(tmp_path, made, source, size, why):
+    for split in ("train", "test"):
+        column = [{"bytes": encoded(i), "path": None} for i in images(4, (size, size, 3))]
+        pq.write_table(pa.table({"img": column, "label": [0, 1, 2, 3]}), tmp_path / f"{split}.parquet")
+    (tmp_path / "out").mkdir()
+    model = made.Model(source)
+    data = made.Data(str(tmp_path), text=None, label=None)
+    fetch("mine", kind="image", data=data, model=model, out=tmp_path / "out")
+    with pytest.raises(
+        ModelError, match=rf"'{source}' does not take the data's images \[3, {size}, {size}\]: .*{why}"
+    ):
+        Task.load(tmp_path / "out", model, "accuracy").model(0)
