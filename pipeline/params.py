@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from pipeline.errors import ParamsError, unknown
 from pipeline.runtime.yaml_files import plain, read_yaml, row_of, set_key
@@ -18,6 +18,7 @@ from pipeline.schema import (
     DistributeParams,
     GridParams,
     MethodParams,
+    Name,
     Positive,
     Section,
     SettingParams,
@@ -25,20 +26,26 @@ from pipeline.schema import (
 )
 
 
+def _different(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"each seed once, got {seeds}")
+    return seeds
+
+
 class Params(Section):
     """The whole file."""
 
     profile: str
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_different)]
     threads: Positive
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cuda", "mps", "cpu"]
+    precision: Literal["auto", "fp32", "bf16"]
     grid: GridParams
-    tasks: dict[str, TaskParams]
-    settings: dict[str, SettingParams]
-    checkpoints: dict[str, CheckpointParams] = {}
-    distribute: dict[str, DistributeParams] = {"main": DistributeParams()}
-    methods: dict[str, MethodParams]
+    tasks: dict[Name, TaskParams]
+    settings: dict[Name, SettingParams]
+    checkpoints: dict[Name, CheckpointParams] = {}
+    distribute: dict[Name, DistributeParams] = {"main": DistributeParams()}
+    methods: dict[Name, MethodParams]
 
     @classmethod
     def load(cls, path: Path | str = "params.yaml", overrides: Mapping[str, Any] | None = None) -> "Params":
@@ -65,6 +72,10 @@ class Params(Section):
             if name not in known:
                 where = f"{Path(path).name}:{row_of(raw, key.split('.'))}: {key}"
                 raise ParamsError(f"{where}: unknown {unknown(name, known)}")
+        for method in params.grid.learned:
+            if "learn" not in params.methods[method].model_fields_set:
+                where = f"{Path(path).name}:{row_of(raw, ['methods', method])}: methods.{method}.learn"
+                raise ParamsError(f"{where}: missing; methods in grid.learned need it, such as {{epochs: 0}}")
         return params
 
     def _references(self) -> Iterable[tuple[str, str, Iterable[str]]]:
@@ -104,6 +115,11 @@ class Params(Section):
                 variant = method.partition("-")[2]
                 if variant and task in self.tasks:
                     yield f"tasks.{task}.score.variants", variant, self.tasks[task].score.variants
+        for task, method, setting in sorted(self.grid.cells):
+            examples = self.settings[setting].examples if setting in self.settings else None
+            if examples and method in self.grid.ranked and task in self.tasks:
+                known = [str(count) for count in self.tasks[task].score.examples]
+                yield f"settings.{setting}.examples", str(examples), known
         for task in self.grid.tasks:
             for method in self.grid.methods:
                 if method in self.methods:

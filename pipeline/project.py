@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,10 @@ def planned(targets: Sequence[str] = ()) -> list[str]:
         Names such as ``train@words-fish-main``.
     """
     import networkx
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo, lock_repo
 
-    with Repo(str(Workspace.here().root)) as repo, lock_repo(repo):
+    with _one_line(DvcException), Repo(str(Workspace.here().root)) as repo, lock_repo(repo):
         graph = repo.index.graph  # an edge from each stage to those that it depends on
         names = {stage.addressing: stage for stage in graph}
         wanted = [stage for name, stage in names.items() if name in targets or name.partition("@")[0] in targets]
@@ -95,6 +96,17 @@ def planned(targets: Sequence[str] = ()) -> list[str]:
             changed = {stage for stage in order if stage.status(check_updates=True)}
         stale = changed | {stage for one in changed for stage in networkx.ancestors(graph, one)}
         return [stage.addressing for stage in order if stage in stale]
+
+
+@contextlib.contextmanager
+def _one_line(kind: type[Exception]) -> Iterator[None]:
+    """Say in one line what DVC says of the project."""
+    try:
+        yield
+    except kind as error:
+        raise FishmaskError(
+            f"DVC: {str(error).splitlines()[0]}; a project needs git, `dvc init` and dvc.yaml"
+        ) from None
 
 
 def print_plan(as_json: bool) -> None:

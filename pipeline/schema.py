@@ -1,11 +1,24 @@
 """The sections of params.yaml as frozen, strict models; ``pipeline.params`` reads and checks the whole file."""
 
+import re
 from itertools import product
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.errors import ParamsError, unknown
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise ValueError(
+            f"'{name}' is part of keys, stages and folders; expected letters, digits, '-' and '_' alone"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""Of a task, method or setting: DVC takes what stands behind a dot for another key."""
 
 Density = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -177,7 +190,10 @@ class DistributeParams(Section):
 
 
 class LearnParams(Section):
-    """How a method learns its mask, at the rate of ``dense``; 0 epochs are the task's own."""
+    """How a method learns its mask, at the rate of ``dense``; 0 epochs are the task's own.
+
+    Written out for the methods of ``grid.learned``: DVC compares the section, and knows no defaults.
+    """
 
     epochs: Annotated[int, Field(ge=0)] = 0
     penalty: Annotated[float, Field(ge=0)] = 1.25e-7
@@ -239,6 +255,13 @@ class DistributeGrid(Section):
         return self.table2.cells | self.table2_dense.cells | self.table3.cells | self.table3_dense.cells
 
 
+def group_of(method: str) -> str:
+    """The list of the grid that a method belongs in, by what its masks come from: scores, training, or neither."""
+    if method in ("deviation", "diff-pruning"):
+        return "learned"
+    return "ranked" if method.partition("-")[0] == "fish" else "unranked"
+
+
 class GridParams(Section):
     """What the pipeline crosses."""
 
@@ -263,4 +286,8 @@ class GridParams(Section):
             raise ValueError(
                 "every method of grid.methods must stand in exactly one of ranked, unranked and learned"
             )
+        for group in ("ranked", "unranked", "learned"):
+            for method in getattr(self, group):
+                if (right := group_of(method)) != group:
+                    raise ValueError(f"'{method}' belongs in {right}, not in {group}")
         return self

@@ -6,8 +6,10 @@ Writes ``artifacts/mask/<task>-<method>-<setting>/seed-N/mask.safetensors``. Tak
 learns its mask takes as long as dense training.
 """
 
+from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ArtifactError
 from pipeline.masks.mask import Mask
 from pipeline.masks.ranking import Ranking
 from pipeline.masks.selection import layer_of
@@ -34,12 +36,12 @@ def run(stage: Stage) -> None:
     learning = {seed: _learning(stage, seed) if method.strategy == "learned" else None for seed in stage.seeds}
     key = fingerprint(cell=cell, settings=stage.settings, data=task.data_digest)
     with stage.held(key, data_digest=task.data_digest):
-        stage.record(examples=examples)
+        stage.record(examples=None)
         for seed, how in learning.items():
             ranking = None
             if examples is not None:
-                folder = stage.input("score") / f"seed-{seed}"
-                ranking = Ranking.load(ranking_file(folder, method.variant, examples))
+                ranking = _ranking(ranking_file(stage.input("score") / f"seed-{seed}", method.variant, examples))
+                stage.record(examples=ranking.info["examples"])  # fewer than asked for, where train has fewer
             model = task.model(seed).to(how.device.device) if how else task.model(seed)
             chosen_for = {"base": base_digest(model), "data": task.data_digest, "model": task.model_source}
             _, mask = choose(
@@ -50,6 +52,16 @@ def run(stage: Stage) -> None:
             size = mask.save(stage.folder(seed) / "mask.safetensors")
             share = mask.nnz / parameters_of(mask)
             stage.record(seed, nnz=mask.nnz, density=share, bytes=size, digest=mask.digest, layers=by_layer(mask))
+
+
+def _ranking(file: Path) -> Ranking:
+    """Read what the score stage left."""
+    if not file.is_file():
+        raise ArtifactError(
+            f"{file}: no such ranking; the score stage makes one for each seed, count of score.examples and name "
+            "of score.variants: run it, or name one of those"
+        )
+    return Ranking.load(file)
 
 
 def by_layer(mask: Mask) -> list[dict[str, Any]]:

@@ -145,6 +145,18 @@ def test_a_misspelt_key_in_params_yaml_names_its_line(project, fails):
         assert said in fails(2, *command)
 
 
+def test_outside_of_dvc_the_pipeline_says_so_in_one_line(project, fails, monkeypatch):
+    shutil.rmtree(project / ".dvc")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(project.parent))
+    for command in ("plan", "repro"):
+        assert "DVC: you are not inside of a DVC repository" in fails(9, command)
+
+
+def test_an_unknown_variant_is_told_from_a_ranking_that_is_not_made(project, fails):
+    said = fails(5, "mask", "--task", "reviews", "--method", "fish-spred", "--seed", "0", "--no-mlflow")
+    assert "spred-examples-64.safetensors: no such ranking" in said and "score.variants" in said
+
+
 def replace(file, old, new, count=-1):
     file.write_text(file.read_text().replace(old, new, count))
 

@@ -93,11 +93,33 @@ def test_numbers_are_read_as_yaml_1_2_does(write):
         ("ranked: [fish]", "ranked: []", "exactly one of ranked, unranked and learned"),
         ("examples: [32, 512]", "examples: [512, 32]", "ascending"),
         ("seeds: [0, 1, 2]", "seeds: []", "seeds: expected"),
+        ("seeds: [0, 1, 2]", "seeds: [0, 1, 0]", "seeds: each seed once, got [0, 1, 0]"),
+        (
+            "examples-32: {density: null, examples: 32}",
+            "examples-32: {density: null, examples: 33}",
+            "settings.examples-32.examples: unknown '33' (known: 32, 512)",
+        ),
         ("kind: text", "kind: txet", "expected 'text', 'image' or 'causal'"),
     ],
 )
 def test_contradictions_are_one_line(write, old, new, part):
     assert part in message(write(old, new))
+
+
+@pytest.mark.parametrize("group", ["ranked", "unranked", "learned"])
+def test_every_method_stands_in_its_own_list_of_the_grid(group):
+    """Another list's stages would declare another list's inputs."""
+    from pipeline.schema import GridParams
+    from pipeline.training.methods import METHODS
+
+    for name, method in [*METHODS.items(), ("fish-spread", METHODS["fish"])]:
+        own = "learned" if method.strategy == "learned" else "ranked" if method.needs_ranking else "unranked"
+        grid = {"tasks": [], "methods": [name], "ranked": [], "unranked": [], "settings": [], "sweep": {}}
+        if group == own:
+            assert GridParams(**(grid | {group: [name]})).methods == [name]
+        else:
+            with pytest.raises(ValueError, match=f"'{name}' belongs in {own}, not in {group}"):
+                GridParams(**(grid | {group: [name]}))
 
 
 def test_a_grid_task_without_a_learning_rate_is_refused(write):
@@ -106,6 +128,33 @@ def test_a_grid_task_without_a_learning_rate_is_refused(write):
     lr = re.search(r"dense: (\{lr: \{words: [^,]+, digits: [^}]+\}\})", TEXT)
     assert lr
     assert "methods.dense.lr: unknown 'digits'" in message(write(lr.group(1), "{lr: {words: 0.1}}"))
+
+
+@pytest.mark.parametrize(
+    ("section", "name"), [("settings", "density-2.1e-2"), ("tasks", "a/b"), ("methods", "fish sp")]
+)
+def test_a_name_that_dvc_would_take_apart_is_refused(write, section, name):
+    text = message(write(f"\n{section}:", f"\n{section}:\n  {name}: {{}}"))
+    assert f"'{name}' is part of keys, stages and folders" in text and text.startswith("params.yaml:")
+
+
+def test_a_method_that_learns_its_mask_says_how(write):
+    """DVC compares `learn`, and would stop before its stage with a complaint of its own."""
+    file = write("learned: []", "learned: [deviation]")
+    file.write_text(
+        file.read_text().replace(
+            "bitfit, magnitude, head]\n  ranked", "bitfit, magnitude, head, deviation]\n  ranked", 1
+        )
+        + "  deviation: {lr: {words: 0.1, digits: 0.1}}\n"
+    )
+    assert "methods.deviation.learn: missing; methods in grid.learned need it" in message(file)
+    file.write_text(file.read_text().replace("digits: 0.1}}\n", "digits: 0.1}, learn: {epochs: 1}}\n"))
+    assert Params.load(file).methods["deviation"].learn.epochs == 1
+
+
+@pytest.mark.parametrize("key", ["device", "precision"])
+def test_what_dvc_compares_has_no_default(write, key):
+    assert f"{key}: missing; it is required" in message(write(f"\n{key}: ", "\n# "))
 
 
 def test_broken_yaml_names_the_line(tmp_path):

@@ -1,12 +1,13 @@
 """The shipped profiles: each loads and has the keys that dvc.yaml crosses; `paper` is the record to the letter."""
 
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from pipeline.params import Params
-from pipeline.runtime.yaml_files import read_yaml
+from pipeline.runtime.yaml_files import plain, read_yaml
 from pipeline.tasks.glue import TASKS
 from pipeline.training.methods import method_named
 
@@ -31,6 +32,29 @@ def test_a_profile_loads_and_dvc_finds_what_it_crosses(file):
             wanted = params.settings[setting].examples
             assert wanted is None or wanted in score.examples
             assert (params.settings[setting].density or params.tasks[task].density) <= score.keep
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_dvc_finds_every_param_of_every_stage(file):
+    """It looks a key up when its stage is about to run, hours into it perhaps; at dots it goes one level down."""
+    raw, checked = plain(read_yaml(file)), 0
+
+    def find(key):
+        here = raw
+        for part in key.split("."):
+            assert part in here, f"DVC misses {key}"
+            here = here[part]
+        return here
+
+    for stage in read_yaml(ROOT / "dvc.yaml")["stages"].values():
+        crossed = {name: find(values[2:-1]) for name, values in stage.get("matrix", {}).items()}
+        for item in product(*crossed.values()):
+            for key in stage["params"]:
+                for name, value in zip(crossed, item, strict=True):
+                    key = key.replace(f"${{item.{name}}}", value)
+                assert "$" not in key and find(key) is not ...
+                checked += 1
+    assert checked > 100
 
 
 @pytest.mark.parametrize("name", ["glue", "glue-full", "paper"])

@@ -28,10 +28,11 @@ def averages(results: Results, method: str) -> dict[int, float]:
 def average_table(results: Results) -> Table | None:
     """Each method's macro average, and the paired difference of fish to it; None for fewer than three tasks."""
     fish = averages(results, "fish")
-    rows, records = [], []
+    rows, records, left_out = [], [], []
     for method in results.methods:
         own = averages(results, method)
         if not own:
+            left_out.append(method)
             continue
         values, deviation = list(own.values()), spread(list(own.values()))
         text = f"{mean(values):.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
@@ -52,6 +53,7 @@ def average_table(results: Results) -> Table | None:
     notes = (
         f"Mean over the tasks {', '.join(results.tasks)}, seed by seed, then mean ± sample standard deviation "
         "over seeds; differences are paired by seed, the interval is the 95 % bootstrap.",
+        *([f"Left out, since no seed of theirs has every task: {', '.join(left_out)}."] if left_out else []),
     )
     columns = ("method", "average", "seeds", "fish − method", "95 % interval", "p")
     return (

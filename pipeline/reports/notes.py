@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pipeline.reports.cells import Cell
 from pipeline.reports.chains import ChainCell
-from pipeline.reports.results import MIN_SEEDS, Results
+from pipeline.reports.results import MIN_SEEDS, Difference, Results
 from pipeline.reports.shares import ShareCell
 from pipeline.reports.statistics import mean
 from pipeline.reports.statistics import spread as spread_of
@@ -30,8 +30,8 @@ def cell_notes(cells: Sequence[Cell], *, spread: bool = True) -> list[str]:
         if cell.diverged or len(cell.values) < len(cell.scores):
             lost = [seed for seed, score in cell.scores.items() if score is None]
             name = f"{cell.task} {cell.method} {cell.setting}"
-            parts = [f"seed {s} diverged" + ("" if s in lost else " and is counted") for s in cell.diverged]
-            parts += [f"seed {s} has no score and is not counted" for s in lost]
+            parts = [f"seed {s} diverged and is {'not ' * (s in lost)}counted" for s in cell.diverged]
+            parts += [f"seed {s} has no score and is not counted" for s in lost if s not in cell.diverged]
             notes.append(f"{name}: {'; '.join(parts)}.")
     return notes
 
@@ -73,7 +73,7 @@ def bold_notes(results: Results) -> list[str]:
     return notes + (few_seeds(results.at("main")) if any(best.values()) else [])
 
 
-def few_seeds(cells: Sequence[Cell]) -> list[str]:
+def few_seeds(cells: Sequence[Cell | Difference]) -> list[str]:
     """What an interval from few seeds cannot say; n differences share their sign by chance in 2^(1-n)."""
     n = min((count for cell in cells if (count := len(cell.values)) >= MIN_SEEDS), default=0)
     if n == MIN_SEEDS:

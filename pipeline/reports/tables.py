@@ -73,7 +73,8 @@ def overview_table(results: Results) -> Table | None:
 
 def difference_table(results: Results) -> Table | None:
     """Paired differences of fish to every other method; None where there is nothing to compare."""
-    rows, records, cells = [], [], []
+    rows, records, differences = [], [], []
+    cells: dict[tuple[str, str], Cell] = {}
     for task in results.tasks:
         for other in results.methods:
             difference = None if other == "fish" else results.difference(task, "fish", other)
@@ -98,15 +99,16 @@ def difference_table(results: Results) -> Table | None:
                 {"task": task, "metric": metric, "method": "fish", "other": other, "seeds": len(difference.values)}
                 | {"mean_difference": difference.mean, "low": low, "high": high, "p_paired_t": difference.p}
             )
-            cells += [cell for method in ("fish", other) if (cell := results.main(task, method))]
+            differences.append(difference)
+            cells |= {(task, m): cell for m in ("fish", other) if (cell := results.main(task, m))}
     if not rows:
         return None
     columns = ("task", "difference", "mean", "95 % interval", "p", "seeds", "interval and 0")
     notes = (
         "Differences are paired by seed. The interval is the percentile bootstrap of their mean; p is that of the "
         "paired t-test, two-sided.",
-        *few_seeds(cells),
-        *cell_notes(cells, spread=False),
+        *few_seeds(differences),
+        *cell_notes([*cells.values()], spread=False),
     )
     title = "Paired differences of fish to the other methods, main setting"
     return Table("differences", title, columns, tuple(rows), tuple(records), notes)

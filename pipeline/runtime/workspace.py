@@ -91,7 +91,7 @@ def code_digest() -> str:
         BLAKE2b-128 (hex) over the package's Python files.
     """
     state = hashlib.blake2b(digest_size=16)
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         state.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
     return state.hexdigest()

@@ -34,7 +34,8 @@ def lora(model: nn.Module, density: float, head: Sequence[str], seed: int) -> tu
     """Put LoRA around every linear layer outside the head (Hu et al. 2021, arXiv 2106.09685).
 
     W x becomes W x + (alpha / r) B A x with A [r, in] drawn with the seed, B [out, r] zero, alpha = 2 r; no
-    dropout.
+    dropout. A layer that PEFT takes for the head, since its name ends alike (DistilBERT's ``pre_classifier``
+    beside ``classifier``), stays as it is and is stored as it is.
 
     Args:
         model: the base; it is wrapped, its weights stay as they are.
@@ -46,8 +47,7 @@ def lora(model: nn.Module, density: float, head: Sequence[str], seed: int) -> tu
         The wrapped model, and the mask of all its trained values, whose ``info["adapter"]`` makes it again.
     """
     index = ParameterIndex.of(model)
-    layers = _linears(model, head, transposed=True)
-    rank = _rank(index, layers, density, head)
+    rank = _rank(index, _adapted(model, head), density, head)
     info = {"kind": "lora", "rank": rank, "head": list(head), "seed": seed, "parameters": index.total}
     wrapped = attach(model, info)
     mask = dense(ParameterIndex.of(wrapped))
@@ -64,11 +64,13 @@ def attach(model: nn.Module, info: dict[str, Any]) -> nn.Module:
     peft = _peft()
     config = peft.LoraConfig(
         r=info["rank"], lora_alpha=2 * info["rank"], lora_dropout=0.0, bias="none",
-        target_modules=sorted(_linears(model, info["head"], transposed=True)), modules_to_save=info["head"],
+        target_modules=sorted(_adapted(model, info["head"])), modules_to_save=info["head"],
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), _silent():
         torch.default_generator.manual_seed(info["seed"])
         wrapped: nn.Module = peft.get_peft_model(model, config)
+    for name in _namesakes(model, info["head"]):
+        model.get_submodule(name).requires_grad_(False)
     return wrapped.eval()
 
 
@@ -163,6 +165,19 @@ def _linears(model: nn.Module, head: Sequence[str], *, transposed: bool) -> dict
         for name, module in modules.items()
         if not any(name == part or name.startswith(part + ".") for part in head)
     }
+
+
+def _adapted(model: nn.Module, head: Sequence[str]) -> dict[str, Any]:
+    """The layers of LoRA."""
+    taken = _namesakes(model, head)
+    layers = _linears(model, head, transposed=True)
+    return {n: layer for n, layer in layers.items() if not any(f"{n}.".startswith(f"{m}.") for m in taken)}
+
+
+def _namesakes(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """The modules beside the head that PEFT takes for it: it goes by how a name ends, and has no other way."""
+    ends = tuple(head)
+    return [name for name, _ in model.named_modules() if ends and name.endswith(ends) and name not in ends]
 
 
 def _rank(index: ParameterIndex, layers: dict[str, Any], density: float, head: Sequence[str]) -> int:

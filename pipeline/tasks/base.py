@@ -163,10 +163,20 @@ class Task:
             split = self._split("train")
             assert isinstance(split, TextSplit)
             ids, longest = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+            kinds = getattr(config, "type_vocab_size", None)
+            for name, module in model.named_modules():
+                if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
+                    # RoBERTa counts positions from beyond its padding id
+                    longest = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
             if ids is not None and split.largest_id >= ids:
                 raise ModelError(
                     f"model.source: '{self.model_source}' knows {ids} token ids; its tokenizer "
                     f"gave {split.largest_id}"
+                )
+            if kinds and split.largest_kind >= kinds:  # DeBERTa-v3 has none, and leaves them unread
+                raise ModelError(
+                    f"model.source: '{self.model_source}' knows {kinds} kinds of tokens (type_vocab_size); its "
+                    f"tokenizer gave kind {split.largest_kind}, as BERT's does for pairs"
                 )
             if longest is not None and split.lengths.max() > longest:
                 raise ModelError(

@@ -66,14 +66,14 @@ def encode_labels(
 ) -> tuple[dict[str, np.ndarray | None], list[str] | None]:
     """Read the labels of every split as classes 0..C-1, or as numbers to regress.
 
-    Text (or true/false) becomes classes in sorted order. Whole numbers are classes: where the data names its
-    classes, each must be one of them; otherwise train must show every one of 0..C-1. Decimal numbers are
-    regressed. A test split without the column, or with -1 everywhere, is unlabelled.
+    Text (or true/false) becomes classes in sorted order, or in a known data set's own. Whole numbers are classes:
+    where the data names its classes, each must be one of them; otherwise train must show every one of 0..C-1.
+    Decimal numbers are regressed. A test split without the column, or with -1 everywhere, is unlabelled.
 
     Args:
         splits: the raw splits; train is there.
         name: the column.
-        classes: names of integer labels, where known; a file's own names win.
+        classes: names in label order, where known; of integer labels a file's own names win.
         regression: what the task's metric needs; None lets the column's type decide.
 
     Returns:
@@ -104,7 +104,7 @@ def encode_labels(
     if kinds["train"] == "text":
         if regression:
             raise DataError(f"{splits['train'].where}: column '{name}' holds text; the metric needs numbers")
-        labels, names = _from_text(values, splits, name)
+        labels, names = _from_text(values, splits, name, classes)
         return {**labels, **unlabelled}, names
     arrays = {split: array.to_numpy(zero_copy_only=False) for split, array in values.items()}
     if regression or (regression is None and "decimal" in kinds.values()):
@@ -163,7 +163,7 @@ def _from_integers(
 
 
 def _from_text(
-    values: Mapping[str, pa.Array], splits: Mapping[str, RawSplit], name: str
+    values: Mapping[str, pa.Array], splits: Mapping[str, RawSplit], name: str, classes: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     texts: dict[str, list[Any]] = {}
     for split, array in values.items():
@@ -173,7 +173,8 @@ def _from_text(
                 f"{splits[split].where}: column '{name}' is blank in row {texts[split].index('')} "
                 "(rows count from 0); expected a class name in every row"
             )
-    names = sorted(set(texts["train"]))
+    found = set(texts["train"])
+    names = list(classes) if len(found) > 1 and found <= set(classes) else sorted(found)
     if len(names) < 2:
         raise DataError(
             f"{splits['train'].where}: column '{name}' holds '{names[0]}' only; expected two or more classes"

@@ -23,6 +23,7 @@ from pipeline.runtime.workspace import Cell, Workspace
 from pipeline.tasks.base import Task
 from pipeline.tasks.trained import trained
 from pipeline.training.device import choose_device
+from pipeline.training.methods import method_named
 
 
 def measure(workspace: Workspace, params: Params, method: str, setting: str, probe: str) -> Path:
@@ -37,11 +38,14 @@ def measure(workspace: Workspace, params: Params, method: str, setting: str, pro
 
     Returns:
         ``metrics/forget/<method>-<setting>.json``: per task and seed the distance from the base, and for each
-        other task its probe's score before and after; and the overlap of the masks, between tasks and seeds.
+        other task its probe's score before and after; and the overlap of the masks, between tasks and seeds
+        (none of adapters).
 
     Raises:
-        ParamsError: if no two tasks of the grid share a base model.
+        ParamsError: if no two tasks of the grid share a base model, or the probe trains more than the head.
     """
+    if method_named(probe).strategy != "head":
+        raise ParamsError(f"--probe {probe}: it trains more than the head, so that it judges no body but its own")
     groups: dict[tuple[str, str | None], list[str]] = {}
     for name in params.grid.tasks:
         model = params.tasks[name].model
@@ -53,13 +57,16 @@ def measure(workspace: Workspace, params: Params, method: str, setting: str, pro
     found: dict[str, Any] = {}
     shares: dict[str, Any] = {"tasks": {}, "seeds": {}}
     for names in shared:
-        tasks, masks = {}, {}
+        tasks: dict[str, Task] = {}
+        masks: dict[str, dict[int, Mask]] = {}
         for name in names:
             own = params.tasks[name]
             tasks[name] = Task.load(workspace.out(Cell("fetch", name)), own.model, own.metric)
             folder = workspace.out(Cell("mask", name, method, setting))
             files = {seed: folder / f"seed-{seed}" / "mask.safetensors" for seed in params.seeds}
-            masks[name] = {seed: body(Mask.load(file), own.head) for seed, file in files.items()}
+            chosen = {seed: Mask.load(file) for seed, file in files.items()}
+            if not any("adapter" in mask.info for mask in chosen.values()):  # whose values are none of the base's
+                masks[name] = {seed: body(mask, own.head) for seed, mask in chosen.items()}
         for name in names:
             found[name] = {
                 str(seed): _seed(workspace, params, tasks, name, method, setting, probe, seed, device)

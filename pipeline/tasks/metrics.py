@@ -94,5 +94,6 @@ def _agreements(
     if "matthews" in names:
         from sklearn.metrics import matthews_corrcoef
 
-        parts["matthews"] = float(matthews_corrcoef(labels, predicted))
+        varied = len(np.union1d(labels, predicted)) > 1  # of a single label scikit-learn warns
+        parts["matthews"] = float(matthews_corrcoef(labels, predicted)) if varied else 0.0
     return parts

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -14,7 +15,7 @@ from pipeline.tasks.folders import SPLITS, SplitFiles, find_splits
 from pipeline.tasks.published import Published, lookup
 from pipeline.tasks.python_batches import LAYOUTS, SHAPE, find_layout, read_layout
 from pipeline.tasks.settings import DataSettings
-from pipeline.tasks.sources import ZOOS, Source, data_folder, hub_error, parse, prepare_hub
+from pipeline.tasks.sources import ZOOS, Source, data_folder, hub_error, offline, parse, prepare_hub
 from pipeline.tasks.tables import read_table
 
 
@@ -156,13 +157,14 @@ def _read_files(
 def _remark(variant: str, rows: int, split: str, known: Published | None) -> str:
     words = variant.replace("_", " ").replace("-", " ").replace("heldout", "held out")
     if split == "train" and known and rows < known.train_rows:
-        share = f"{100 * rows / known.train_rows:.1f} % of train"
+        percent = 100 * rows / known.train_rows
+        share = f"{percent:{'.1f' if percent >= 0.1 else '.1g'}} % of train"
         return f"{words}: {share}" if words else share
     return words
 
 
 def read_hub(task: str, source: Source, revision: str | None, *, judged: bool = True) -> dict[str, RawSplit]:
-    """Read a data set from the hub, or from its cache.
+    """Read a data set from the hub, or from its cache: as ``datasets`` keeps it, or downloaded file by file.
 
     Args:
         task: its name, for messages.
@@ -182,7 +184,7 @@ def read_hub(task: str, source: Source, revision: str | None, *, judged: bool = 
     key, name = f"tasks.{task}.data.source", f"{source.name}:{source.config}" if source.config else source.name
     datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(source.name, source.config, revision=revision)
+        loaded = _load(source, revision)
     except FishmaskError:  # a SIGTERM meanwhile
         raise
     except Exception as error:  # whatever the hub, its client or the builder raises, the data is not to be had
@@ -201,3 +203,25 @@ def read_hub(task: str, source: Source, revision: str | None, *, judged: bool = 
     if "train" not in splits or (judged and len(splits) < 2):
         raise DataError(f"{key}: '{name}' holds {', '.join(loaded)}; expected train, and validation or test")
     return splits
+
+
+def _load(source: Source, revision: str | None) -> Mapping[str, Any]:
+    """A data set by ``datasets``, which overlooks what was downloaded as files (`hf download`) when offline."""
+    import datasets
+
+    try:
+        return dict(datasets.load_dataset(source.name, source.config, revision=revision))
+    except FishmaskError:  # a SIGTERM meanwhile
+        raise
+    except Exception as first:
+        if not offline():
+            raise
+        from huggingface_hub import snapshot_download
+
+        try:
+            kept = snapshot_download(source.name, repo_type="dataset", revision=revision, local_files_only=True)
+            return dict(datasets.load_dataset(kept, source.config))
+        except FishmaskError:
+            raise
+        except Exception:  # no news: it is not there either
+            raise first from None

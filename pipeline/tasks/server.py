@@ -14,6 +14,7 @@ from pipeline.errors import ParamsError
 from pipeline.files import write_bytes
 from pipeline.losses import outputs_of
 from pipeline.tasks.base import Task
+from pipeline.tasks.glue import TASKS
 
 FILES = {
     "cola": {"test": "CoLA.tsv"},
@@ -68,7 +69,7 @@ def write_predictions(task: Task, model: nn.Module, glue: str, folder: Path, bat
         The files.
 
     Raises:
-        ParamsError: if GLUE has no such task, or no test split was fetched.
+        ParamsError: if GLUE has no such task or other labels, or no test split was fetched.
     """
     if glue not in FILES:
         raise ParamsError(f"GLUE's server knows no task '{glue}'; expected one of {', '.join(FILES)}")
@@ -78,6 +79,7 @@ def write_predictions(task: Task, model: nn.Module, glue: str, folder: Path, bat
             f"task '{task.name}' was fetched without a test split; the server scores {FILES[glue]['test']}. "
             "Its source must hold test.parquet, as the hub's does"
         )
+    names = _names(task, glue)
     files = []
     for split in splits:
         part = task.manifest["splits"][split]
@@ -87,13 +89,28 @@ def write_predictions(task: Task, model: nn.Module, glue: str, folder: Path, bat
                 "the server wants all of them"
             )
         found = outputs(task, model, split, batch_size)
-        if task.classes is None:
-            words = [f"{value:.3f}" for value in np.clip(found[:, 0], 0.0, _MOST)]
-        elif glue in _BY_NAME:
-            words = [task.classes[label] for label in found.argmax(axis=1)]
+        if names:
+            words = [names[label] for label in found.argmax(axis=1)]
         else:
-            words = [str(label) for label in found.argmax(axis=1)]
+            words = [f"{value:.3f}" for value in np.clip(found[:, 0], 0.0, _MOST)]
         lines = ["index\tprediction", *(f"{index}\t{word}" for index, word in enumerate(words))]
         files.append(folder / FILES[glue][split])
         write_bytes(files[-1], ("\n".join(lines) + "\n").encode())
     return files
+
+
+def _names(task: Task, glue: str) -> list[str]:
+    """What the server calls each class of a task, whose files may name the classes, number them or sort them.
+
+    Returns:
+        Its name or its number in GLUE; empty for numbers from 0 to 5.
+
+    Raises:
+        ParamsError: if its labels are not that task's.
+    """
+    known, own = list(TASKS[glue].classes), list(task.classes or [])
+    called = known if own == [str(number) for number in range(len(known))] else own
+    if sorted(called) != sorted(known):
+        told = {name: ", ".join(names) or "numbers" for name, names in (("own", own), ("known", known))}
+        raise ParamsError(f"tasks.{task.name}: its labels are {told['own']}; those of {glue} are {told['known']}")
+    return called if glue in _BY_NAME else [str(known.index(name)) for name in called]

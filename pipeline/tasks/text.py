@@ -143,6 +143,7 @@ class TextSplit:
     Attributes:
         lengths: [N], tokens of each example.
         largest_id: the largest token id.
+        largest_kind: the largest of the token type ids; 0 where there are none.
     """
 
     def __init__(self, table: pa.Table, labels: Tensor | None, pad: int) -> None:
@@ -166,6 +167,7 @@ class TextSplit:
         if "start" in table.column_names:
             self._starts = values_of(table.column("start").combine_chunks()).astype(np.int64)
         self.largest_id = int(self._values["input_ids"].max(initial=0))
+        self.largest_kind = int(self._values["token_type_ids"].max(initial=0)) if len(self._values) > 1 else 0
 
     def batch(self, rows: Rows, device: torch.device | None = None) -> Mapping[str, Tensor]:
         """Pad some examples to the longest of them.

@@ -1,5 +1,6 @@
 """The whole pipeline in a temporary project: real DVC, real git, real MLflow, a user's own files."""
 
+import csv
 import json
 import random
 import sqlite3
@@ -109,6 +110,47 @@ def test_single_stages_give_the_same_bytes_as_dvc(finished, fork):
         project.fishmask(stage, "--task", "reviews", "--method", "fish", "--seed", "1")
     assert project.artifacts() == before
     assert project.run("git", "status", "--porcelain").stdout == metrics
+
+
+def test_every_other_method_goes_through_the_pipeline(template, fork):
+    """Table 1's other methods, the learned masks and the adapter among them, each in its own list of the grid."""
+    project = fork(template)
+    groups = {
+        "ranked": ["fish-spread"],
+        "unranked": ["bitfit", "magnitude", "head", "lora", "shira"],
+        "learned": ["deviation", "diff-pruning"],
+    }
+    methods = [method for group in groups.values() for method in group]
+    for name, old in (("methods", "dense, fish, random"), ("ranked", "fish"), ("unranked", "dense, random")):
+        project.edit(f"  {name}: [{old}]", f"  {name}: [{', '.join(groups.get(name, methods))}]")
+    project.edit("learned: []", f"learned: [{', '.join(groups['learned'])}]")
+    project.edit("{tasks: [reviews], methods: [fish], settings: [denser]", "{tasks: [], methods: [], settings: []")
+    project.edit("keep: 0.5}", "keep: 0.5, variants: {spread: {selection: per-tensor, exclude: [bert.pooler]}}}")
+    project.edit("seeds: [0, 1]", "seeds: [0]")
+    project.edit("epochs: 6", "epochs: 1")
+    project.edit("density: 0.05", "density: 0.1")
+    with (project.root / "params.yaml").open("a") as file:
+        learn = dict.fromkeys(groups["learned"], ", learn: {epochs: 1}")
+        file.writelines(f"  {method}: {{lr: {{reviews: 1.0e-2}}{learn.get(method, '')}}}\n" for method in methods)
+    masks = {"ranked": "mask-ranked", "unranked": "mask", "learned": "mask-learned"}
+    cells = [f"{masks[group]}@reviews-{m}-main" for group, own in groups.items() for m in own]
+    cells += [f"train@reviews-{method}-main" for method in methods]
+    assert sorted(project.repro()) == sorted(["fetch@reviews", "score@reviews", "aggregate", *cells])
+    assert project.repro() == []
+    with (project.root / "reports" / "tables" / "main.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert sorted(rows) == sorted(methods)
+    for method, row in rows.items():
+        seed = project.metrics(f"train/reviews-{method}-main")["seeds"]["0"]
+        assert float(row["mean"]) == seed["metric"] and float(row["density"]) == pytest.approx(seed["density"])
+        folder = project.root / "artifacts" / "train" / f"reviews-{method}-main" / "seed-0"
+        left = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+        adapter = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+        assert left == (adapter if method == "lora" else ["delta.safetensors"])
+        assert float(row["artifact_bytes"]) == sum((folder / file).stat().st_size for file in left)
+    project.edit("dense: {lr: {reviews: 3.0e-3}}", "dense: {lr: {reviews: 2.0e-3}}")  # of which masks are learned
+    ran = project.repro()
+    assert {name for name in ran if name.startswith("mask")} == set(cells[6:8]), "and no other mask"
 
 
 def query(project, sql):

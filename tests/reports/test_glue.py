@@ -67,9 +67,19 @@ def test_the_macro_average_is_taken_seed_by_seed(glue):
     table = average_table(results)
     assert texts(table)[0] == ["dense", "64.0 ± 1.0", "3", "−1.00", "[−1.00, −1.00]", "–"]
     assert [row[0] for row in texts(table)] == ["dense", "fish", "fish-global", "lora"]
+    assert not any("Left out" in note for note in table.notes)
     assert texts(table)[1][3:] == ["–", "–", "–"] and texts(table)[2][3] == "+2.00"
     only = {key for key in results.cells if key[0] != "rte"}
     assert average_table(load_results(glue.folder, only)) is None
+
+
+def test_methods_without_an_average_are_named(glue):
+    glue.train("cola", "bitfit", [0.4, 0.4, 0.4])
+    for task in ("cola", "mrpc", "rte"):
+        glue.train(task, "random", [0.5, None, None] if task == "rte" else [None, 0.5, None])
+    table = average_table(load_results(glue.folder))
+    assert [row[0] for row in texts(table)] == ["dense", "fish", "fish-global", "lora"]
+    assert table.notes[-1] == "Left out, since no seed of theirs has every task: random, bitfit."
 
 
 def test_forgetting_and_overlaps(glue):

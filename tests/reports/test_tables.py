@@ -63,7 +63,7 @@ def test_a_seed_that_diverged_is_named(demo, metrics):
     file = demo / "train" / "words-random-main.json"
     file.write_text(file.read_text().replace('"diverged": false', '"diverged": true', 1))
     notes = " ".join(main_table(load_results(demo)).notes)
-    assert "digits fish main: seed 1 diverged; seed 1 has no score and is not counted." in notes
+    assert "digits fish main: seed 1 diverged and is not counted." in notes
     assert "words random main: seed 0 diverged and is counted." in notes
 
 
@@ -85,6 +85,16 @@ def test_differences_by_hand(demo):
     ]
     assert rows(table)[0][:2] == ["digits", "fish − dense"] and rows(table)[0][5:] == ["2", "too few seeds"]
     assert "1 of 4 comparisons" in " ".join(table.notes)
+
+
+def test_a_seed_that_is_lost_is_told_once_and_pairs_count_their_own_seeds(metrics):
+    metrics.train("words", "fish", [0.9, None, 0.92])
+    for method in ("dense", "random", "bitfit"):
+        metrics.train("words", method, [0.8, 0.81, 0.82])
+    table = difference_table(load_results(metrics.folder))
+    assert [row[5:] for row in rows(table)] == [["2", "too few seeds"]] * 3
+    assert table.notes.count("words fish main: seed 1 diverged and is not counted.") == 1
+    assert not any("With 3 seeds" in note for note in table.notes)  # no pair has three
 
 
 def test_sweeps_hold_the_main_setting_and_dense(demo):

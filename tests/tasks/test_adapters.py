@@ -101,6 +101,34 @@ def test_lora_takes_the_transposed_layers_of_gpt2():
         shira(gpt2(), 0.2, ["score"], seed=0)
 
 
+def test_a_layer_that_peft_takes_for_the_head_stays_as_it_is(tmp_path):
+    """DistilBERT's `pre_classifier` ends as its `classifier` does."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    def distilbert():
+        torch.manual_seed(0)
+        config = DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=32, num_labels=2)
+        return DistilBertForSequenceClassification(config).eval()
+
+    model, mask = lora(distilbert(), 0.2, HEAD, seed=0)
+    assert not any("pre_classifier" in name for name in mask.index)
+    assert {n for n in mask.index if "lora" not in n} == {
+        f"base_model.model.classifier.modules_to_save.default.{leaf}" for leaf in ("bias", "weight")
+    }
+    inputs = torch.arange(12).reshape(3, 4)
+    with MaskedParameters(model, mask) as masked:
+        masked.values.data.add_(torch.linspace(-0.1, 0.1, mask.nnz))
+        masked.write_()
+    after = model(input_ids=inputs).logits
+    assert not torch.allclose(after, distilbert()(input_ids=inputs).logits)
+    save_adapter(model, tmp_path, "some/model")
+    again = load_adapter(distilbert(), tmp_path)
+    assert torch.equal(again(input_ids=inputs).logits, after)
+    for name, p in again.merge_and_unload().named_parameters():
+        if name.startswith("pre_classifier"):
+            assert torch.equal(p, dict(distilbert().named_parameters())[name])
+
+
 @pytest.mark.filterwarnings("ignore")  # of PEFT's: names on their way out, sparse tensors left unchecked
 def test_shira_trains_what_peft_trains(make, folder):
     task = make(folder)

@@ -29,6 +29,8 @@ KINDS = {
             "pooler_hidden_size": 16,
         },
     ),
+    "Electra": ("classifier", SIZES | {"embedding_size": 8}),
+    "Albert": ("classifier", SIZES | {"embedding_size": 8}),  # its layers share their weights
     "GPT2": ("score", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}),
     "Llama": ("score", SIZES | {"num_key_value_heads": 1}),
 }

@@ -1,6 +1,8 @@
 """Task: batches, examples, tuning splits and evaluation, on a tiny BERT and on real digits and words."""
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 
@@ -163,6 +165,40 @@ def test_tokens_that_a_model_does_not_know_are_refused(task, bert, tmp_path, mad
     task._model = made.Model(str(tmp_path / "small"))
     with pytest.raises(ModelError, match="knows 20 token ids; its tokenizer gave 43"):
         task.model(0)
+
+
+def test_a_roberta_takes_two_tokens_fewer_than_its_positions_and_one_kind_of_them(tmp_path, made, bert):
+    """Its positions begin beyond the padding id: what does not fit would be an IndexError deep inside."""
+    from transformers import RobertaConfig, RobertaModel
+
+    texts = [" ".join(["w1"] * 14), "w2"] * 4  # 16 tokens with the special ones
+    source = made.write(
+        tmp_path / "data", **dict.fromkeys(("train", "test"), {"text": texts, "label": [0, 1] * 4})
+    )
+    for positions in (17, 18):
+        folder = tmp_path / f"roberta-{positions}"
+        shutil.copytree(bert, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        config = RobertaConfig(
+            vocab_size=44, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+            max_position_embeddings=positions, pad_token_id=1, type_vocab_size=1,
+        )  # fmt: skip
+        RobertaModel(config).save_pretrained(folder)
+        (out := tmp_path / f"fetched-{positions}").mkdir()
+        model = made.Model(str(folder))
+        fetch("made", kind="text", data=made.Data(str(source)), model=model, out=out, metric="accuracy")
+        task = Task.load(out, model, "accuracy")
+        if positions == 17:
+            with pytest.raises(ModelError, match="texts of 16 tokens; '.*' takes 15"):
+                task.model(0)
+        else:
+            assert math.isfinite(task.evaluate(task.model(0), "test", 4)["loss"])
+    pair = {"text": texts, "second": texts, "label": [0, 1] * 4}
+    source = made.write(tmp_path / "pairs", train=pair, test=pair)
+    (out := tmp_path / "fetched-pairs").mkdir()
+    data = made.Data(str(source), text=("text", "second"))
+    fetch("made", kind="text", data=data, model=model, out=out, metric="accuracy")
+    with pytest.raises(ModelError, match="knows 1 kinds of tokens .* gave kind 1"):
+        Task.load(out, model, "accuracy").model(0)
 
 
 def test_digits_are_normalised_images(digits):

@@ -33,6 +33,16 @@ def test_text_becomes_classes_in_sorted_order(train, names):
     assert classes == names and labels["train"].tolist() == [1, 0, 1]
 
 
+def test_text_that_names_known_classes_keeps_their_order():
+    """F1 is that of class 1: of `equivalent`, as in the published data, not of what sorts last."""
+    known = ["not_equivalent", "equivalent"]
+    labels, classes = encode_labels(
+        raw(train=["equivalent", "not_equivalent"], test=["equivalent"]), "label", known
+    )
+    assert classes == known and labels["train"].tolist() == [1, 0]
+    assert encode_labels(raw(train=["a", "equivalent"]), "label", known)[1] == ["a", "equivalent"]
+
+
 def test_decimal_numbers_are_regressed():
     labels, classes = encode_labels(raw(train=[0.5, 1.0], validation=[1, 2]), "label")
     assert classes is None and labels["validation"].dtype == np.float32 and labels["train"].tolist() == [0.5, 1.0]

@@ -99,6 +99,11 @@ def test_cells_are_measured_against_each_other(project):
             assert record["distance"]["l2"] == 0 and record["turned"]["after"] == record["turned"]["before"]
         else:
             assert record["distance"]["l2"] > 0 and found["overlap"]["tasks"]["reviews, turned"]["0"] == 1.0
+    found = json.loads(measure(workspace, params, "lora", "main", "head").read_text())
+    assert found["overlap"] == {"tasks": {}, "seeds": {}}, "an adapter's values are none of the base's"
+    assert found["tasks"]["reviews"]["0"]["distance"]["l2"] > 0
+    with pytest.raises(ParamsError, match="--probe random: it trains more than the head"):
+        measure(workspace, params, "random", "main", "random")
     with pytest.raises(ParamsError, match="no two tasks share a base"):
         only = params.model_copy(update={"grid": params.grid.model_copy(update={"tasks": ["turned"]})})
         measure(workspace, only, "random", "main", "head")

@@ -55,6 +55,7 @@ def test_degenerate_outputs_score_nothing_and_do_not_warn():
         assert score("pearson_spearman", outputs, labels)["pearson_spearman"] == 0
     assert score("matthews", np.eye(2)[[0] * 4], np.array([0, 1, 0, 1]))["matthews"] == 0
     assert score("f1", np.eye(2)[[0] * 4], np.array([0, 1, 0, 1]))["f1"] == 0
+    assert score("matthews", np.eye(2)[[1] * 4], np.ones(4, dtype=np.int64)) == {"matthews": 0, "accuracy": 1}
 
 
 class Says(torch.nn.Module):

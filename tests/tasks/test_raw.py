@@ -29,6 +29,41 @@ def test_a_hub_data_set_reads_as_a_folder_does(monkeypatch, made):
     assert raw.splits["validation"].remark == "matched" and raw.revision == "abc"
 
 
+def test_what_was_downloaded_from_the_hub_as_files_is_found_offline(tmp_path, monkeypatch, made):
+    """`hf download nyu-mll/glue --repo-type dataset`: parquet by configuration and split, named in its README."""
+    import huggingface_hub.constants
+
+    home, revision = tmp_path / "hub", "b" * 40
+    folder = home / "datasets--nyu-mll--glue"
+    snapshot, blobs = folder / "snapshots" / revision, folder / "blobs"
+    splits = [
+        "train",
+        *(f"{split}_{kind}" for split in ("validation", "test") for kind in ("matched", "mismatched")),
+    ]
+    lines = ["---", "configs:", "- config_name: mnli", "  data_files:"]
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    for name in (snapshot / "mnli", blobs):
+        name.mkdir(parents=True)
+    for number, split in enumerate(splits):
+        label = [-1] * 4 if split.startswith("test") else [0, 1, 2, 1]
+        texts = [f"w{number}"] * 4
+        made.write(blobs, **{split: {"premise": texts, "hypothesis": texts, "label": label}})
+        (snapshot / "mnli" / f"{split}-00000-of-00001.parquet").symlink_to(blobs / f"{split}.parquet")
+        lines += [f"  - split: {split}", f"    path: mnli/{split}-*"]
+    (snapshot / "README.md").write_text("\n".join([*lines, "---"]) + "\n")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "made")
+    read = read_raw("mnli", made.Data("nyu-mll/glue:mnli", text=("premise", "hypothesis"))).splits
+    first = {name: part.table.column("premise")[0].as_py() for name, part in read.items()}
+    assert first == {
+        "train": "w0", "validation": "w1", "validation_mismatched": "w2", "test": "w3", "test_mismatched": "w4"
+    }  # fmt: skip
+    for source in ("nyu-mll/glue:rte", "nyu-mll/other"):
+        with pytest.raises(DataError, match="cannot load .* its cache does not hold it"):
+            read_raw("t", made.Data(source))
+
+
 def test_an_unreachable_hub_says_so_and_what_to_do(monkeypatch, made):
     def load(*_, **__):
         raise ConnectionError("Couldn't reach 'nyu-mll/glue'\nand more lines")
@@ -48,6 +83,8 @@ def test_fishmask_data_is_read_in_place_of_the_hub(tmp_path, monkeypatch, made):
     monkeypatch.setenv("FISHMASK_DATA", str(tmp_path))
     raw = read_raw("cola", made.Data("nyu-mll/glue:cola"))
     assert raw.splits["train"].remark == "subset: 0.2 % of train"
+    made.write(tmp_path / "cola", train_subset=made.examples(2, classes=2))
+    assert read_raw("cola", made.Data("nyu-mll/glue:cola")).splits["train"].remark == "subset: 0.02 % of train"
     assert raw.published.classes == ("unacceptable", "acceptable") and raw.licence.startswith("fair use")
 
 

@@ -94,3 +94,39 @@ def test_what_the_server_would_refuse_is_refused(glue, tmp_path):
     del task.manifest["splits"]["test"]
     with pytest.raises(ParamsError, match=r"without a test split; the server scores SST-2\.tsv"):
         write_predictions(task, task.model(0), "sst2", tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "expected"),
+    [
+        ("qnli", ["0", "1"], ["entailment", "not_entailment"]),
+        ("mnli", ["0", "1", "2"], ["entailment", "neutral", "contradiction"]),
+        ("mnli", ["contradiction", "entailment", "neutral"], ["contradiction", "entailment", "neutral"]),
+        ("cola", ["acceptable", "unacceptable"], ["1", "0"]),
+        ("wnli", ["not_entailment", "entailment"], ["0", "1"]),
+    ],
+)
+def test_classes_are_called_as_the_server_calls_them_however_the_files_do(glue, tmp_path, name, own, expected):
+    task = glue(name, len(own), test=9)
+    task.classes = own
+    model = task.model(0)
+    for label, word in enumerate(expected):
+        with torch.no_grad():
+            model.classifier.bias.copy_(100.0 * torch.nn.functional.one_hot(torch.tensor(label), len(own)))
+        (file,) = write_predictions(task, model, name, tmp_path, 4)
+        assert set(lines(file)) == {word}
+
+
+@pytest.mark.parametrize(
+    ("classes", "metric", "glue_name", "why"),
+    [
+        (2, "accuracy", "stsb", "its labels are 0, 1; those of stsb are numbers"),
+        (3, "accuracy", "rte", "its labels are 0, 1, 2; those of rte are entailment, not_entailment"),
+        (0, "pearson", "rte", "its labels are numbers; those of rte are entailment"),
+    ],
+)
+def test_another_tasks_labels_are_refused(glue, tmp_path, classes, metric, glue_name, why):
+    task = glue("mine", classes, metric=metric, test=9)
+    with pytest.raises(ParamsError, match=why):
+        write_predictions(task, task.model(0), glue_name, tmp_path, 4)
+    assert not list(tmp_path.glob("*.tsv"))
