@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from pipeline.errors import MismatchError, ModelError, ParamsError
 from pipeline.masks.mask import Mask
 from pipeline.parameters import put_, take, unwrapped
+from pipeline.training.bunches import Bunch, bunched, pays
 from pipeline.training.embeddings import sole_embeddings
 from pipeline.training.gathering import Gathering
 
@@ -50,16 +51,23 @@ class Segment:
     coordinates: Tensor | None
     flat: Tensor | None
 
+    @property
+    def stands(self) -> bool:
+        """Whether ``flat`` still is the tensor: not of other strides, nor moved, replaced or cast since."""
+        own = self.owner._parameters.get(self.key) is self.parameter
+        return own and self.flat is not None and self.flat.data_ptr() == self.parameter.data_ptr()
+
 
 class MaskedParameters:
     """The trained values of a model as one vector θ; everything outside the mask stays bit-identical.
 
     A post-accumulate hook on each tensor that has coordinates adds its gradient there to ``values.grad`` and drops
     the dense gradient at once, so that at most one tensor's dense gradient is alive (all of them under
-    ``torch.compile``, whose backward is one graph). Tensors without a coordinate do not require grad. Large
-    embeddings give sparse gradients, so that no gradient of V x D elements is formed. Every call of ``backward``
-    adds to ``values.grad``; a tensor that took no part in it counts as zero gradient. Gradients that the
-    parameters held before are dropped.
+    ``torch.compile``, whose backward is one graph; on a GPU those of small tensors wait for each other, 32 MiB of
+    them at most, and are gathered by a few kernels before the backward ends). Tensors without a coordinate do not
+    require grad. Large embeddings give sparse gradients, so that no gradient of V x D elements is formed. Every
+    call of ``backward`` adds to ``values.grad``; a tensor that took no part in it counts as zero gradient.
+    Gradients that the parameters held before are dropped.
 
     Masking a model again releases the earlier object. Move or cast the model before masking it, not after.
 
@@ -91,11 +99,13 @@ class MaskedParameters:
         self._flags = {p: p.requires_grad for p in self._model.parameters()}
         self._handles: list[Any] = []
         self._sparse: list[nn.Embedding] = []
+        self._bunches: list[tuple[list[str], list[Tensor], Bunch]] = []
         self.segments: dict[str, Segment] = {}
         self.mask = mask
-        self._bind(parameters)
-        self.values = nn.Parameter(self._read())
+        self.values = nn.Parameter(torch.empty(0, dtype=self._dtype, device=self._device))
         self._gathering = Gathering(self.values)
+        self._bind(parameters)
+        self.values.data = self._read()
         self._open = True
         _masked[self._model] = weakref.ref(self)
 
@@ -130,19 +140,31 @@ class MaskedParameters:
         """
         self._check_open()
         theta, counts = self.values.detach(), [part.stop - part.start for part in self.segments.values()]
-        pieces: dict[torch.dtype, tuple[Tensor, ...]] = {}  # one cast of the whole vector per dtype, and one cut
-        whole: tuple[list[Tensor], list[Tensor]] = [], []
-        for number, (name, part) in enumerate(self.segments.items()):
-            weight = part.parameter
-            if weight.device != self._device or part.owner._parameters.get(part.key) is not weight:
+        strange = dict.fromkeys(name for name, part in self.segments.items() if not part.stands)
+        for name in strange:
+            part = self.segments[name]
+            if part.parameter.device != self._device or part.owner._parameters.get(part.key) is not part.parameter:
                 raise ModelError(
                     f"tensor '{name}' was moved or replaced while masked; prepare the model first, then build "
                     "MaskedParameters on it"
                 )
+        done: set[str] = set()
+        for names, flats, bunch in self._bunches:
+            if strange.keys().isdisjoint(names):
+                bunch.write(flats, theta.to(flats[0].dtype))
+                done.update(names)
+        if len(done) == len(self.segments):
+            return
+        pieces: dict[torch.dtype, tuple[Tensor, ...]] = {}  # one cast of the whole vector per dtype, and one cut
+        whole: tuple[list[Tensor], list[Tensor]] = [], []
+        for number, (name, part) in enumerate(self.segments.items()):
+            if name in done:
+                continue
+            weight = part.parameter
             if weight.dtype not in pieces:
                 pieces[weight.dtype] = theta.to(weight.dtype).split(counts)
             piece = pieces[weight.dtype][number]
-            if part.flat is None or part.flat.data_ptr() != weight.data_ptr():  # other strides, or cast since
+            if part.flat is None or name in strange:
                 put_(weight, part.coordinates, piece)
             elif part.coordinates is None:
                 whole[0].append(part.flat)
@@ -237,6 +259,13 @@ class MaskedParameters:
                 flat = weight.detach().view(-1) if weight.is_contiguous() else None
                 self.segments[name] = Segment(weight, owner, key, start, start + count, part, flat)
                 start += count
+        parted = {
+            name: (part.flat, (part.start, part.stop, part.coordinates, part.flat.numel()))
+            for name, part in self.segments.items()
+            if part.coordinates is not None and part.flat is not None and pays(part.flat)
+        }
+        self._bunches = list(bunched(parted))
+        self._gathering.forget()
         trained = {segment.parameter for segment in self.segments.values()}
         for parameter in self._flags:
             parameter.grad = None
@@ -255,7 +284,7 @@ class MaskedParameters:
             module.sparse = False
         for part in self.segments.values():
             part.parameter.grad = None
-        self._handles, self._sparse, self.segments = [], [], {}
+        self._handles, self._sparse, self.segments, self._bunches = [], [], {}, []
 
     def _restore_flags(self) -> None:
         for parameter, flag in self._flags.items():
@@ -268,12 +297,19 @@ class MaskedParameters:
 
     def _collector(self, part: Segment) -> Callable[[Tensor], None]:
         """Make the hook that moves one tensor's gradient into θ's."""
+        stretch = part.start, part.stop, part.coordinates, part.parameter.numel()
+        gathering, together = self._gathering, pays(part.parameter)
 
-        @torch.no_grad()
         def collect(parameter: Tensor) -> None:
-            grad, parameter.grad = parameter.grad, None
-            if grad is not None:
-                self._gathering.add(grad, part.start, part.stop, part.coordinates)
+            grad = parameter.grad
+            parameter.grad = None
+            if grad is None:
+                return
+            if torch.is_grad_enabled():  # of a backward that creates a graph: seldom, and the switch has its price
+                with torch.no_grad():
+                    gathering.add(grad, stretch, together=together)
+            else:
+                gathering.add(grad, stretch, together=together)
 
         return collect
 

@@ -23,6 +23,7 @@ from pipeline.tasks.batches import Batches
 from pipeline.tasks.evaluation import evaluate
 from pipeline.tasks.image import ImageSplit
 from pipeline.tasks.resnet import BUILTIN
+from pipeline.training import bunches
 from pipeline.training.leak import LeakyParameters
 from pipeline.training.loop import fit
 from pipeline.training.masked import MaskedParameters
@@ -128,6 +129,17 @@ def kernels_of_a_step(mask_of):
     with MaskedParameters(model, mask) as masked, counts, pytest.raises(Interrupted):
         fit(model, lambda e: [(x, y)] * 9, masked=masked, recipe=Recipe(1, 0.1, "sgd"), should_stop=stop)
     return sum(counts.count.values()), sum(mask.count(name) > 0 for name in mask.index)
+
+
+def test_on_a_gpu_small_tensors_are_gathered_and_written_together(monkeypatch):
+    monkeypatch.setattr(bunches, "DEVICES", {"meta"})
+    plain, _ = kernels_of_a_step(None)
+    sparse, tensors = kernels_of_a_step(lambda index: random(index, 0.1, 0, ["fc"]))
+    large = sum(p.numel() > bunches.SMALL for p in on_meta(BUILTIN["resnet18"], 3, 10).parameters())
+    assert tensors == 62 and large == 4
+    assert sparse <= plain + 2 * large + 30
+    whole, _ = kernels_of_a_step(dense)
+    assert whole <= plain + large + 20
 
 
 @pytest.mark.parametrize("density", [0.001, 0.1])
