@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.errors import FishmaskError
+from pipeline.errors import DataError, FishmaskError
 from pipeline.params import Params
 from pipeline.runtime.terminal import print_table
 from pipeline.runtime.warm import warm_process
@@ -33,49 +33,99 @@ def dvc(arguments: list[str], more: dict[str, str] | None = None, **options: Any
 def repro(arguments: list[str]) -> None:
     """Run ``dvc repro``, with a line per stage that says how far it is.
 
+    Stages that fetched other files than lie in their folder now are run again first.
+
     Raises:
         FishmaskError: if DVC fails; its own message stands above.
-    """
-    Params.load(Workspace.here().root / "params.yaml")  # DVC reads it raw: a mistake would end the first stage
-    cells = planned([argument for argument in arguments if not argument.startswith("-")])
-    costs = [_cost(name) for name in cells]
+    """  # noqa: DOC502 - raised by what it calls
+    # DVC reads params.yaml raw: a mistake would end the first stage.
+    params = Params.load(Workspace.here().root / "params.yaml")
+    sources = changed_sources(params)
+    cells = planned([argument for argument in arguments if not argument.startswith("-")], sources)
+    again = [] if "--dry" in arguments else [name for name in sources if name in cells]
+    progress = _Progress(cells)
     with contextlib.ExitStack() as stack:
         environment = stack.enter_context(warm_process()) if len(cells) > _FEW else {}
-        process = dvc(["repro", *arguments], environment, stdout=subprocess.PIPE)
+        for name in again:
+            print(f"{name}: the files of its folder are not those that were fetched; they are fetched again")
+        if again:  # --force: DVC would take the former rows from its run cache
+            progress.follow(
+                dvc(["repro", "--force", "--single-item", *again], environment, stdout=subprocess.PIPE)
+            )
+        progress.follow(dvc(["repro", *arguments], environment, stdout=subprocess.PIPE))
+
+
+class _Progress:
+    """Tells of the stages that DVC starts how far it is."""
+
+    def __init__(self, cells: list[str]) -> None:
+        self.total, self.done, self.started = len(cells), 0, time.monotonic()
+        costs = [_cost(name) for name in cells]
+        known = [cost for cost in costs if cost]
+        guess = statistics.mean(known) if known else 0.0
+        self.costs = [cost or guess for cost in costs]
+
+    def follow(self, process: "subprocess.Popen[str]") -> None:
+        """Print a line for each stage that DVC starts, and what DVC says besides.
+
+        Raises:
+            FishmaskError: if DVC fails.
+        """
         try:
-            code = _follow(process, cells, costs)
+            for line in process.stdout or ():
+                name = _running(line)
+                if name:
+                    self._tell(name)
+                elif line.strip() and not line.startswith((">", "Updating lock file", "Generating lock file")):
+                    print(line, end="", flush=True)
+            code = process.wait()
         except BaseException:
             process.terminate()
             process.wait()
             raise
-    if code:
-        raise FishmaskError(f"dvc repro ended with exit code {code}; the stage's own line stands above")
+        if code:
+            raise FishmaskError(f"dvc repro ended with exit code {code}; the stage's own line stands above")
+
+    def _tell(self, name: str) -> None:
+        left = sum(self.costs[self.done :])
+        self.done += 1
+        note = f", about {_clock(left)} left" if left else ""
+        print(
+            f"[{self.done}/{self.total}] {name} (after {_clock(time.monotonic() - self.started)}{note})",
+            flush=True,
+        )
 
 
-def _follow(process: "subprocess.Popen[str]", cells: list[str], costs: list[float | None]) -> int:
-    """Print a line for each stage that DVC starts, and what DVC says besides; returns its exit code."""
-    known = [cost for cost in costs if cost]
-    guess = statistics.mean(known) if known else 0.0
-    started, done = time.monotonic(), 0
-    for line in process.stdout or ():
-        name = _running(line)
-        if name:
-            left = sum(cost or guess for cost in costs[done:])
-            done += 1
-            note = f", about {_clock(left)} left" if left else ""
-            print(f"[{done}/{len(cells)}] {name} (after {_clock(time.monotonic() - started)}{note})", flush=True)
-        elif line.strip() and not line.startswith((">", "Updating lock file", "Generating lock file")):
-            print(line, end="", flush=True)
-    return process.wait()
+def changed_sources(params: Params) -> list[str]:
+    """Name the fetch stages whose folder holds other files than were fetched.
+
+    DVC compares a stage's settings, not the folder that they name. A folder that is not there is not looked at:
+    fetched data can be used without it.
+
+    Returns:
+        Names such as ``fetch@reviews``.
+    """
+    workspace, names = Workspace.here(), []
+    for task in params.grid.tasks:
+        file = workspace.metrics(Cell("fetch", task))
+        fetched = json.loads(file.read_text()).get("files") if file.is_file() else None
+        if fetched is not None:
+            from pipeline.tasks.raw import source_digest
+
+            with contextlib.suppress(DataError):
+                if source_digest(task, params.tasks[task].data) not in (None, fetched):
+                    names.append(f"fetch@{task}")
+    return names
 
 
-def planned(targets: Sequence[str] = ()) -> list[str]:
+def planned(targets: Sequence[str] = (), sources: Sequence[str] = ()) -> list[str]:
     """Name the stages that ``dvc repro`` would run now, in order: the changed ones and all that follow from them.
 
     A stage that follows but would get the same inputs again is skipped by DVC, so there may be fewer in the end.
 
     Args:
         targets: stages to reproduce, with what they depend on; all by default.
+        sources: stages that DVC does not know to be changed (``changed_sources``).
 
     Returns:
         Names such as ``train@words-fish-main``.
@@ -94,6 +144,7 @@ def planned(targets: Sequence[str] = ()) -> list[str]:
         # Not repo.status(names): it reads dvc.lock anew for every name, a second each.
         with contextlib.redirect_stdout(sys.stderr):
             changed = {stage for stage in order if stage.status(check_updates=True)}
+        changed |= {names[name] for name in sources if names.get(name) in order}
         stale = changed | {stage for one in changed for stage in networkx.ancestors(graph, one)}
         return [stage.addressing for stage in order if stage in stale]
 
@@ -111,8 +162,8 @@ def _one_line(kind: type[Exception]) -> Iterator[None]:
 
 def print_plan(as_json: bool) -> None:
     """Print what would run, and what each stage cost on this machine the last time."""
-    Params.load(Workspace.here().root / "params.yaml")
-    rows = [(name, _cost(name)) for name in planned()]
+    params = Params.load(Workspace.here().root / "params.yaml")
+    rows = [(name, _cost(name)) for name in planned(sources=changed_sources(params))]
     known = [cost for _, cost in rows if cost]
     total = sum(known)
     if as_json:

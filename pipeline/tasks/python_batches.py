@@ -49,6 +49,11 @@ def find_layout(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
+def layout_files(folder: Path) -> list[Path]:
+    """Name the files that ``read_layout`` reads."""
+    return [folder / name for names in LAYOUTS[folder.name][1].values() for name in names]
+
+
 def read_layout(folder: Path) -> dict[str, pa.Table]:
     """Read both splits.
 

@@ -1,5 +1,6 @@
 """The examples of a task as their source has them: one way in for packages, the hub, and folders."""
 
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from pipeline.errors import DataError, FishmaskError
 from pipeline.tasks import cifar, demo
 from pipeline.tasks.folders import SPLITS, SplitFiles, find_splits
 from pipeline.tasks.published import Published, lookup
-from pipeline.tasks.python_batches import LAYOUTS, SHAPE, find_layout, read_layout
+from pipeline.tasks.python_batches import LAYOUTS, SHAPE, find_layout, layout_files, read_layout
 from pipeline.tasks.settings import DataSettings
 from pipeline.tasks.sources import ZOOS, Source, data_folder, hub_error, offline, parse, prepare_hub
 from pipeline.tasks.tables import read_table
@@ -116,6 +117,35 @@ def read_raw(task: str, data: DataSettings, files: Mapping[str, Path | str] | No
     if (layout := find_layout(folder)) is not None:
         return _read_python_version(layout, data.revision)
     return RawData(_read_files(find_splits(folder), text, known), data.revision, licence, known)
+
+
+def source_digest(task: str, data: DataSettings) -> str | None:
+    """Digest the files that a task's data is read from, their names included.
+
+    Args:
+        task: its name, for ``FISHMASK_DATA/<task>``.
+        data: the settings.
+
+    Returns:
+        BLAKE2b-256 as hex; None where data comes from a package or from the hub itself.
+
+    Raises:
+        DataError: if a file is missing or not readable.
+    """
+    folder = data_folder(task, parse(data.source))
+    if folder is None:
+        return None
+    layout = find_layout(folder)
+    files = layout_files(layout) if layout else [p for split in find_splits(folder).values() for p in split.paths]
+    state = hashlib.blake2b(digest_size=32)
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        state.update(f"{path.name} {content.hexdigest()}\n".encode())
+    return state.hexdigest()
 
 
 def _read_python_version(folder: Path, revision: str | None) -> RawData:

@@ -78,6 +78,23 @@ def test_changing_one_methods_lr_reruns_its_cells_alone(finished, fork):
     assert "metrics/train/reviews-random-main.json" in project.dvc("metrics", "diff", "--all").stdout
 
 
+def test_changed_files_of_a_data_folder_are_fetched_again(finished, fork):
+    """DVC compares settings alone, and would bring the former rows back from its run cache."""
+    project = fork(finished)
+    before, file = project.artifacts(), project.root / "data" / "reviews" / "validation.csv"
+    text = file.read_text()
+    file.write_text(text.removesuffix("\n").rpartition("\n")[0] + "\n")  # a row less
+    assert "fetch@reviews" in project.fishmask("plan").stdout
+    assert project.repro()[0] == "fetch@reviews"
+    assert project.metrics("fetch/reviews")["splits"]["validation"]["rows"] == 59
+    assert project.metrics("train/reviews-fish-main") != finished.metrics("train/reviews-fish-main")
+    assert project.repro() == []
+    file.write_text(text)
+    assert project.repro()[0] == "fetch@reviews" and project.artifacts() == before
+    (project.root / "data" / "reviews").rename(project.root / "data" / "elsewhere")  # fetched data is enough
+    assert project.repro() == []
+
+
 def test_dvc_experiments_log_to_the_real_project(finished, fork):
     project = fork(finished)
     project.dvc("exp", "run", "--temp", "-S", "methods.random.lr.reviews=0.003", "--name", "slower")
