@@ -91,6 +91,13 @@ class DivergedError(FishmaskError):
         self.step = step
 
 
+MENDABLE = frozenset(
+    kind.code
+    for kind in (ParamsError, DataError, ModelError, ArtifactError, MismatchError, StorageError, BusyError)
+)
+"""Exit codes of what the user has to mend first: the line that the process printed says all there is to say."""
+
+
 def unknown(name: str, known: Iterable[str]) -> str:
     """Say that a name is not known, with the closest one that is.
 

@@ -40,7 +40,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.distributed.collectives import Collectives
-from pipeline.errors import FishmaskError, Interrupted, WorkerError
+from pipeline.errors import MENDABLE, FishmaskError, Interrupted, WorkerError
 from pipeline.runtime.process import end_with_parent
 
 TIMEOUT = 300.0
@@ -186,7 +186,7 @@ def _failure(failures: dict[int, Any]) -> BaseException:
     """Say which worker failed first, and of what, unless it said so itself."""
     # The others fail in its wake: by losing touch (our own code), or by torchrun's SIGTERM.
     rank, worst = min(failures.items(), key=lambda item: (item[1].exitcode in _IN_THE_WAKE, item[1].timestamp))
-    if 1 < worst.exitcode < WorkerError.code:  # bad input, in one line that stands above
+    if worst.exitcode in MENDABLE:
         return SystemExit(worst.exitcode)
     again = "; run the same command again to go on from the last merge"
     if worst.exitcode < 0:
