@@ -144,7 +144,7 @@ def cifar(tmp_path, monkeypatch, made):
 
 def test_cifar_is_reported_on_test_and_says_jpeg(cifar):
     assert cifar.reported == "test" and cifar.sizes == {"train": 20, "test": 10}
-    assert cifar.summary()["remarks"] == {"train": "0.0 % of train", "images": "JPEG"}
+    assert cifar.summary()["remarks"] == {"train": "0.04 % of train", "images": "JPEG"}
     assert cifar.classes[0] == "airplane"
     assert set(cifar.evaluate(cifar.model(0), "test", 4)) == {"accuracy", "loss"}
 
