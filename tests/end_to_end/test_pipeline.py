@@ -85,6 +85,8 @@ def test_changed_files_of_a_data_folder_are_fetched_again(finished, fork):
     text = file.read_text()
     file.write_text(text.removesuffix("\n").rpartition("\n")[0] + "\n")  # a row less
     assert "fetch@reviews" in project.fishmask("plan").stdout
+    project.fishmask("repro", "--dry")
+    assert project.artifacts() == before  # to look is not to run
     assert project.repro()[0] == "fetch@reviews"
     assert project.metrics("fetch/reviews")["splits"]["validation"]["rows"] == 59
     assert project.metrics("train/reviews-fish-main") != finished.metrics("train/reviews-fish-main")

@@ -11,6 +11,7 @@ from pipeline.masks.mask import Mask
 from pipeline.masks.ranking import Ranking
 from pipeline.masks.select import STRATEGIES
 from pipeline.parameters import ParameterIndex
+from pipeline.schema import group_of
 from pipeline.training.masked import MaskedParameters
 from pipeline.training.methods import METHODS, mask_for, method_named
 
@@ -107,3 +108,11 @@ def test_fish_by_another_variant_of_the_scores() -> None:
     assert mask.info["method"] == "fish-global"
     with pytest.raises(ParamsError, match="unknown method 'random-global'"):
         method_named("random-global")
+
+
+@pytest.mark.parametrize("name", [*METHODS, "fish-x"])
+def test_the_grid_puts_a_method_where_its_masks_come_from(name: str) -> None:
+    """params.yaml is checked without torch, so that the grid has a rule of its own."""
+    method = method_named(name)
+    ranked = "ranked" if method.needs_ranking else "unranked"
+    assert group_of(name) == ("learned" if method.strategy == "learned" else ranked)
